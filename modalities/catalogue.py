@@ -1,0 +1,134 @@
+"""A folder of files becomes a catalogue: what is used, what is not, and why. The counts add up to the files found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from modalities.nifti import MriSettings, scan_volumes
+from modalities.raster import RasterSettings, group_by_place, scan_rasters
+from modalities.scene import LabelMap, Rejected, Scene, SceneError
+from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2
+
+ReaderSettings = Annotated[Sentinel2Settings | RasterSettings | MriSettings, Field(discriminator="kind")]
+"""One of the adapters' settings, told apart by `kind`."""
+
+ENDINGS = {"sentinel2": (".tif", ".tiff", ".jp2"), "raster": (".tif", ".tiff", ".jp2"), "mri": (".nii", ".nii.gz")}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What was found in a folder.
+
+    Attributes:
+        root: The folder (or the single file) that was scanned.
+        scenes: Usable scenes, sorted by name.
+        rejected: Files of the right kind that cannot be used, each with its reason.
+        ignored: Files of another kind, or excluded by the settings; relative paths.
+        num_files: All files found; equal to used + rejected + ignored.
+    """
+
+    root: Path
+    scenes: tuple[Scene, ...]
+    rejected: tuple[Rejected, ...]
+    ignored: tuple[str, ...]
+    num_files: int
+
+    @property
+    def num_used(self) -> int:
+        """Files that scenes are read from."""
+        return sum(len(scene.files) for scene in self.scenes)
+
+
+def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings) -> Catalogue:
+    """Catalogue of a folder (searched to its depth) or of a single file.
+
+    Raises:
+        SceneError: `root` does not exist, or holds no usable file; the message counts the reasons.
+    """
+    if not root.exists():
+        raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
+    found = _files(root)
+    folder = root if root.is_dir() else root.parent
+    candidates, ignored = [], []
+    for file in found:
+        relative = file.relative_to(folder).as_posix()
+        excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
+        wanted = file.name.lower().endswith(ENDINGS[settings.kind]) and not excluded
+        (candidates if wanted else ignored).append(file)
+    match settings:
+        case Sentinel2Settings():
+            scenes, rejected = scan_sentinel2(candidates, folder, settings)
+            scenes = group_by_place(scenes)
+        case RasterSettings():
+            scenes, rejected = scan_rasters(candidates, folder, settings)
+            scenes = group_by_place(scenes)
+        case MriSettings():
+            scenes, rejected = scan_volumes(candidates, folder, settings)
+    catalogue = Catalogue(
+        root,
+        tuple(sorted(scenes, key=lambda scene: scene.name)),
+        tuple(sorted(rejected, key=lambda item: item.file)),
+        tuple(sorted(file.relative_to(folder).as_posix() for file in ignored)),
+        len(found),
+    )
+    _check(catalogue, settings.kind)
+    return catalogue
+
+
+def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, LabelMap]], list[Rejected]]:
+    """Scenes with the label map that belongs to each, and scenes left without one.
+
+    A label file belongs to a scene when both have the same name up to the first dot (a label's name may go on with
+    `_label`, `_labels`, `_seg` or `_mask`); a single file for a whole folder serves every scene that it covers.
+
+    Raises:
+        SceneError: Nothing matches, or a matching file lies on another grid.
+    """
+    if not labels.exists():
+        raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
+    files = [file for file in _files(labels) if file.name.lower().endswith((".tif", ".tiff", ".nii", ".nii.gz"))]
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        stem = file.name.split(".")[0]
+        for ending in ("_labels", "_label", "_seg", "_mask"):
+            stem = stem.removesuffix(ending)
+        if stem in by_stem:
+            raise SceneError(f"two label files are called {stem}: {by_stem[stem]} and {file}; name each scene's once")
+        by_stem[stem] = file
+    pairs: list[tuple[Scene, LabelMap]] = []
+    missing: list[Rejected] = []
+    for scene in catalogue.scenes:
+        own = by_stem.get(scene.files[0].name.split(".")[0])
+        file = files[0] if own is None and len(files) == 1 else own
+        if file is None:
+            missing.append(Rejected(scene.files[0].name, "no label file of the same name"))
+            continue
+        pairs.append((scene, scene.open_labels(file)))
+    if not pairs:
+        names = ", ".join(sorted(by_stem)[:3]) or "no label file at all"
+        raise SceneError(f"no label in {labels} belongs to a scene of {catalogue.root}: found {names}; name each label file like its image")
+    return pairs, missing
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    return sorted(file for file in root.rglob("*") if file.is_file() and not file.name.startswith("."))
+
+
+def _check(catalogue: Catalogue, kind: str) -> None:
+    total = catalogue.num_used + len(catalogue.rejected) + len(catalogue.ignored)
+    if total != catalogue.num_files:
+        raise AssertionError(f"the catalogue of {catalogue.root} lost files: {total} accounted of {catalogue.num_files}")
+    if not catalogue.scenes:
+        lines = "".join(f"\n  {item.file}: {item.reason}" for item in catalogue.rejected[:10])
+        more = f"\n  … and {len(catalogue.rejected) - 10} more" if len(catalogue.rejected) > 10 else ""
+        raise SceneError(
+            f"{catalogue.root} holds nothing usable as {kind}: {catalogue.num_files} files found, "
+            f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded.{lines}{more}"
+        )

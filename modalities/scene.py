@@ -1,0 +1,139 @@
+"""The one thing every adapter gives and everything after it knows: a lazy array with channels, place and quality."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from modalities.grid import Grid, Window
+
+
+class SceneError(ValueError):
+    """A file cannot be used. The message names the file, what came, what was wanted and what to do."""
+
+
+class AdapterSettings(BaseModel):
+    """What every adapter's settings share: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A named plane of a scene.
+
+    Attributes:
+        name: The field's own name (`B04`, `T1w`).
+        wavelength_nm: Centre wavelength for optical bands, else None.
+        resolution_m: Native ground sampling distance for remote sensing, else None.
+        scale, offset: Physical value = stored value · scale + offset (reflectance for optical bands,
+            foreground z-score for MRI).
+    """
+
+    name: str
+    wavelength_nm: float | None = None
+    resolution_m: float | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A file that was found and cannot be used, with the reason. `file` is relative to the scanned folder."""
+
+    file: str
+    reason: str
+
+
+class LabelMap(Protocol):
+    """Class numbers on the grid of a scene. Frozen and picklable like the scene itself."""
+
+    def read(self, window: Window) -> NDArray[np.int64]:
+        """Class numbers `(*space)` of a window of the scene's grid; -1 where there is no label."""
+        ...
+
+
+class Scene(Protocol):
+    """A scan or an image on disk. Frozen and picklable: it holds paths, never open files."""
+
+    @property
+    def name(self) -> str:
+        """Stable identifier, unique within a catalogue, the same on every machine."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """What must not be divided between training and held-out data: a patient, a place."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the scene is read from."""
+        ...
+
+    @property
+    def grid(self) -> Grid:
+        """The lattice that `read` speaks of."""
+        ...
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """In the order of the first axis that `read` gives."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Of what `read` gives: the source's own, so integers stay integers (float64 becomes float32)."""
+        ...
+
+    def read(self, window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+        """Pixels `(channel, *space)` in `dtype` and quality flags `(*space)` of a window that lies inside the grid.
+
+        Raises:
+            SceneError: The file is gone or damaged, or the window leaves the grid.
+        """
+        ...
+
+    def open_labels(self, path: Path) -> LabelMap:
+        """The label map in `path`, brought to this scene's grid.
+
+        Raises:
+            SceneError: The labels are unreadable, not whole numbers, or lie on another grid than the scene's source.
+        """
+        ...
+
+    def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
+        """Write class numbers given on this scene's grid back in the geometry of the source file.
+
+        Args:
+            path: File to write; its ending is `label_suffix`. Written beside and renamed, so it is whole or absent.
+            labels: `(*space)` of this scene's grid.
+            no_label: The class number that says "nothing here" (nodata of a raster, background of a volume).
+        """
+        ...
+
+    @property
+    def label_suffix(self) -> str:
+        """Ending of a written label file: `.tif` or `.nii.gz`."""
+        ...
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Digest of files by size, first and last 64 KiB: cheap, the same on every machine, blind to a change in the middle."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 16))
+            if size > 1 << 17:
+                stream.seek(-(1 << 16), 2)
+                digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The verbs a user runs. They assemble; they compute nothing."""
