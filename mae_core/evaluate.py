@@ -1,0 +1,170 @@
+"""Pretraining as a task of the loop, and its health: does the model beat what needs no model?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mae_core.augment import Batch, Normaliser, RawBatch
+from mae_core.loader import fixed_batches
+from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings
+from mae_core.masking import HidingPlan, RandomHiding, hide
+from mae_core.nd import patchify, take, token_grid, token_valid, unpatchify
+from mae_core.parallel import Parallel
+from mae_core.store import TileStore
+from mae_core.targets import make_target
+from mae_core.train import Loss
+
+EVALUATION_SEED = 20_211_111
+"""Hidden sets of held-out tiles are drawn from this, whatever the run's seed, so that runs can be compared."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One held-out sample to look at, in normalised units.
+
+    Attributes:
+        pixels: What was fed before hiding, `(channel, *space)`.
+        shown: The same with NaN in hidden voxels and where there is no token.
+        filled: Shown voxels and, in hidden ones, the prediction brought back with each patch's **true** mean and
+            standard deviation where the target is normalised (they are not predicted).
+        error: Absolute difference in counted hidden voxels, NaN elsewhere.
+        channels: Names of the first axis.
+    """
+
+    pixels: NDArray[np.float32]
+    shown: NDArray[np.float32]
+    filled: NDArray[np.float32]
+    error: NDArray[np.float32]
+    channels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Masked-autoencoder pretraining over a tile store.
+
+    Attributes:
+        model: Settings of the model.
+        hiding: How tokens are hidden.
+        normaliser: Makes training batches.
+        seed: Of the hidden sets.
+        store: Where held-out tiles are read.
+        held_out: Rows that are evaluated; empty for none.
+        batch_size: Of the evaluation.
+        parallel: This process.
+        on_panels: Is given the first held-out samples at each evaluation, on rank 0.
+        num_panels: How many.
+    """
+
+    model: ModelSettings
+    hiding: RandomHiding
+    normaliser: Normaliser
+    seed: int
+    store: TileStore
+    held_out: NDArray[np.int64]
+    batch_size: int
+    parallel: Parallel
+    on_panels: Callable[[int, Sequence[Panel]], None] | None = None
+    num_panels: int = 4
+
+    def loss(self, model: nn.Module, raw: RawBatch) -> Loss:
+        """Squared error over hidden and counted voxels, as a sum and a count."""
+        batch = self.normaliser(raw, self.parallel.device)
+        output: MaeOutput = model(batch.pixels, batch.counted, batch.present, self._plan(batch, self.seed))
+        sums = output.error_sum.sum(dim=1)
+        return Loss(sums.sum(), output.count.sum(), sums.detach(), batch.sample.tile, float(output.predicted.numel()))
+
+    def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
+        """`val/error` and `val/skill`, overall and per channel.
+
+        Skill is 1 − error / error of the best trivial predictor, all in the space of the target. Trivial predictors are
+        the mean of the sample's visible patches, and interpolation from its visible tokens by inverse distance.
+        The best is chosen per channel, and once more for the total.
+        """
+        assert isinstance(model, MaskedAutoencoder)
+        if not len(self.held_out):
+            return
+        sums = torch.zeros(4, len(self.store.channels), dtype=torch.float64)
+        panels: list[Panel] = []
+        plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, self.seed, None)
+        for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
+            batch = plain(raw, self.parallel.device)
+            plan = self._plan(batch, EVALUATION_SEED)
+            output = model(batch.pixels, batch.counted, batch.present, plan)
+            parts = [output.error_sum, *trivial_errors(batch, plan, output, self.model), output.count]
+            sums += torch.stack([part.double().sum(dim=0).cpu() for part in parts])
+            wanted = range(min(len(batch.pixels), self.num_panels - len(panels)))
+            panels += [make_panel(index, batch, plan, output, self.model.encoder.patch, self.store.channels) for index in wanted]
+        totals = self.parallel.sum(sums.to(self.parallel.device)).cpu()
+        if self.on_panels is not None and self.parallel.is_first:
+            self.on_panels(step, panels)
+        yield from _skill("", totals.sum(dim=1))
+        for name, column in zip(self.store.channels, totals.T, strict=True):
+            yield from _skill(f"/{name}", column)
+
+    def _plan(self, batch: Batch, seed: int) -> HidingPlan:
+        valid = token_valid(batch.counted, self.model.encoder.patch, self.model.min_token_valid_fraction)
+        return hide(valid, self.hiding, seed, batch.sample.epoch, batch.sample.tile, batch.sample.repeat)
+
+
+def trivial_errors(
+    batch: Batch, plan: HidingPlan, output: MaeOutput, settings: ModelSettings
+) -> tuple[Float[Tensor, "batch channel"], Float[Tensor, "batch channel"]]:
+    """Summed squared errors of the two trivial predictors over the elements that the model is judged on."""
+    patch = settings.encoder.patch
+    grid = token_grid(batch.pixels.shape[2:], patch)
+    counted = take(patchify(batch.counted[:, None], patch), plan.visible)
+    counted = counted & batch.present[:, None, :, None] & plan.visible_used[:, :, None, None]
+    seen = make_target(take(patchify(batch.pixels, patch), plan.visible), counted, settings.target)
+    near = _closeness(grid, plan)
+    errors = []
+    for weights in (torch.ones_like(near), near):
+        total = torch.einsum("bhv,bvcp->bhcp", weights, torch.where(seen.counted, seen.values, 0.0))
+        share = torch.einsum("bhv,bvcp->bhcp", weights, seen.counted.to(weights.dtype))
+        guess = total / share.clamp(min=1e-12)
+        wrong = torch.where(output.target.counted, guess - output.target.values, 0.0).square()
+        errors.append(wrong.sum(dim=(1, 3)))
+    return errors[0], errors[1]
+
+
+def make_panel(index: int, batch: Batch, plan: HidingPlan, output: MaeOutput, patch: Sequence[int], channels: tuple[str, ...]) -> Panel:
+    """The panel of one sample of a batch."""
+    grid = token_grid(batch.pixels.shape[2:], patch)
+    used = plan.hidden_used[index]
+    ids = plan.hidden[index][used]
+    patches = patchify(batch.pixels[index : index + 1].float(), patch)
+    shown = torch.full_like(patches, torch.nan)
+    seen = plan.visible[index][plan.visible_used[index]]
+    shown[0, seen] = patches[0, seen]
+    filled, error = shown.clone(), torch.full_like(patches, torch.nan)
+    target = output.target
+    guess = (output.predicted[index] * target.std[index] + target.mean[index])[used].to(patches.dtype)
+    filled[0, ids] = guess
+    error[0, ids] = torch.where(target.counted[index][used], (guess - patches[0, ids]).abs(), torch.nan)
+    images = [unpatchify(part, grid, patch)[0].cpu().numpy() for part in (patches, shown, filled, error)]
+    return Panel(*images, channels=channels)
+
+
+def _closeness(grid: Sequence[int], plan: HidingPlan) -> Float[Tensor, "batch hidden visible"]:
+    """Weights that fall with the distance between tokens to the power of the number of axes plus one."""
+    places = torch.cartesian_prod(*(torch.arange(size, device=plan.visible.device) for size in grid)).reshape(-1, len(grid)).float()
+    distance = torch.cdist(places[plan.hidden], places[plan.visible])
+    return distance.clamp(min=1e-6) ** -(len(grid) + 1)
+
+
+def _skill(suffix: str, sums: Tensor) -> Iterator[tuple[str, float]]:
+    model, mean, interpolated, count = (float(value) for value in sums)
+    if count == 0:
+        return
+    yield f"val/error{suffix}", model / count
+    best = min(mean, interpolated)
+    yield f"val/skill{suffix}", 1 - model / best if best > 0 else 0.0
+    if not suffix:
+        yield "val/error_of_visible_mean", mean / count
+        yield "val/error_of_interpolation", interpolated / count

@@ -1,0 +1,121 @@
+"""A model folder that stands by itself: weights, and everything that is needed to feed and to read them. No pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mae_core.checkpoint import seal, sha256, verify
+from mae_core.heads import HeadSettings, Segmenter
+from mae_core.settings import Settings
+from mae_core.vit import Encoder, EncoderSettings
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+class ModelError(ValueError):
+    """A model folder is damaged or not of the kind that is wanted."""
+
+
+class Description(Settings):
+    """What a model is and how it is fed; stored as `model.json` beside the weights.
+
+    Attributes:
+        format: Version of this layout.
+        kind: `encoder` gives features, `segmenter` class scores.
+        modality: Kind of the adapter that the data came through.
+        channels: Names in the order of the encoder's weights.
+        mean, std: Of physical values per channel, over valid training voxels.
+        no_value: Quality bits under which a voxel is fed as zero.
+        crop: Voxels per axis that the model was trained on.
+        spacing: Size of a voxel along each axis, with `spacing_unit`; the first training tile's.
+        encoder: Shape of the encoder.
+        head: Shape of the head of a segmenter.
+        classes: Class number in label maps and its name, in the order of the scores.
+        reader: Settings of the adapter, as it read the training data.
+        lineage: Where it came from: digests of data and weights, runs, parent model.
+    """
+
+    format: Literal[1] = 1
+    kind: Literal["encoder", "segmenter"]
+    modality: str
+    channels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    no_value: int
+    crop: tuple[int, ...]
+    spacing: tuple[float, ...]
+    spacing_unit: str
+    encoder: EncoderSettings
+    head: HeadSettings | None = None
+    classes: tuple[tuple[int, str], ...] = ()
+    reader: dict[str, Any]
+    lineage: dict[str, str]
+
+
+def save_model(folder: Path, model: nn.Module, description: Description) -> str:
+    """Write a model folder, whole or not at all; SHA-256 of the weights."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, aside / WEIGHTS)
+    (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
+    seal(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return sha256(folder / WEIGHTS)
+
+
+def load_description(folder: Path, kind: Literal["encoder", "segmenter"]) -> Description:
+    """The description of a sound model folder of the wanted kind.
+
+    Raises:
+        ModelError: There is no model, it is damaged, of a later format or of the other kind.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no model ({DESCRIPTION} is missing); give a finished run or models:/NAME@ALIAS")
+    problem = verify(folder)
+    if problem:
+        raise ModelError(f"the model in {folder} is damaged: {problem}")
+    try:
+        description = Description.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise ModelError(f"{path} is not a model description that this version reads: {error}") from error
+    if description.kind != kind:
+        hint = "fine-tune it first" if kind == "segmenter" else "give the run of a pretraining"
+        raise ModelError(f"{folder} holds a {description.kind}, a {kind} is wanted; {hint}")
+    return description
+
+
+def load_encoder(folder: Path) -> tuple[Encoder, Description]:
+    """The encoder in a model folder, in evaluation mode. Every tensor is accounted for."""
+    description = load_description(folder, "encoder")
+    encoder = Encoder(description.encoder, description.channels)
+    _fill(encoder, folder)
+    return encoder.eval(), description
+
+
+def load_segmenter(folder: Path) -> tuple[Segmenter, Description]:
+    """The segmenter in a model folder, in evaluation mode. Every tensor is accounted for."""
+    description = load_description(folder, "segmenter")
+    model = Segmenter(Encoder(description.encoder, description.channels), description.head or HeadSettings(), len(description.classes))
+    _fill(model, folder)
+    return model.eval(), description
+
+
+def _fill(model: nn.Module, folder: Path) -> None:
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {folder} do not fit the model that is described beside them: {error}") from error
+    for weight in model.parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(f"the weights in {folder} hold values that are not finite")

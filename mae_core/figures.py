@@ -1,0 +1,79 @@
+"""Pictures: reconstruction panels for the tracker and label maps for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mae_core.evaluate import Panel
+
+TRUE_COLOUR = ("B04", "B03", "B02")
+"""Channels shown as red, green and blue where a store has them."""
+
+
+def reconstruction(panels: Sequence[Panel], title: str) -> NDArray[np.uint8]:
+    """One picture `(height, width, 3)` with a row per sample: input, what was shown, prediction, error.
+
+    Optical scenes are shown in true colour, others by their first present channel; volumes by the middle plane
+    of their last axis (axial in RAS+, anterior upward), and stretched between the 1st and 99th percentile of the input.
+    """
+    figure = Figure(figsize=(9.2, 2.35 * len(panels) + 0.5), dpi=100, layout="constrained")
+    axes = figure.subplots(len(panels), 4, squeeze=False)
+    for row, panel in zip(axes, panels, strict=True):
+        chosen = _channels(panel)
+        images = [_plane(part[chosen]) for part in (panel.pixels, panel.shown, panel.filled)]
+        low, high = np.percentile(images[0], [1, 99], axis=(0, 1), keepdims=True)
+        spread = np.maximum(high - low, 1e-6)
+        for place, image, name in zip(row, images, ("input", "shown", "prediction"), strict=False):
+            grey = np.where(np.isnan(image), 0.5, np.clip((image - low) / spread, 0, 1))
+            place.imshow(grey if grey.shape[-1] == 3 else grey[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            place.set_title(name, fontsize=8)
+        _error(row[3], _plane(panel.error[chosen]))
+        names = "/".join(panel.channels[index] for index in chosen)
+        row[0].set_ylabel(names, fontsize=8)
+        for place in row:
+            place.set_xticks([])
+            place.set_yticks([])
+    figure.suptitle(title, fontsize=9)
+    return render(figure)
+
+
+def _error(place: object, error: NDArray[np.float32]) -> None:
+    """Mean absolute error over the shown channels, in standard deviations; white where nothing was predicted."""
+    counted = np.isfinite(error)
+    total = np.where(counted, error, 0).sum(axis=-1)
+    mean = np.where(counted.any(axis=-1), total / np.maximum(counted.sum(axis=-1), 1), np.nan)
+    image = place.imshow(mean, cmap="magma", vmin=0, vmax=1.5, interpolation="nearest")  # type: ignore[attr-defined]
+    place.set_title("|error| (std)", fontsize=8)  # type: ignore[attr-defined]
+    place.figure.colorbar(image, ax=place, fraction=0.046)  # type: ignore[attr-defined]
+
+
+def render(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as an RGB array."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with mpl.rc_context({"svg.hashsalt": "terravox"}):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _channels(panel: Panel) -> list[int]:
+    """Three channels in true colour, or the first that holds anything."""
+    if all(name in panel.channels for name in TRUE_COLOUR):
+        return [panel.channels.index(name) for name in TRUE_COLOUR]
+    filled = [index for index in range(len(panel.channels)) if np.any(panel.pixels[index])]
+    return filled[:1] or [0]
+
+
+def _plane(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`(row, column, channel)` of `(channel, *space)` with one to three axes; of a volume the middle last-axis plane."""
+    if array.ndim == 4:
+        array = array[..., array.shape[-1] // 2].swapaxes(1, 2)[:, ::-1]
+    if array.ndim == 2:
+        array = array[:, None]
+    return np.moveaxis(array, 0, -1)

@@ -1,0 +1,131 @@
+"""A segmentation head over the encoder's tokens: UNETR's decoder (Hatamizadeh et al. 2021) for any patch and 1–3 axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from mae_core.nd import patchify, token_grid, token_valid
+from mae_core.settings import Settings
+from mae_core.vit import Encoder
+
+
+class HeadSettings(Settings):
+    """Shape of the segmentation head."""
+
+    kind: Literal["unetr"] = "unetr"
+    features: int = Field(16, ge=4, multiple_of=4, description="Feature maps at full resolution; doubled at every halving")
+
+
+class Segmenter(nn.Module):
+    """Encoder and UNETR head: class scores for every voxel of a crop."""
+
+    def __init__(self, encoder: Encoder, settings: HeadSettings, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = UnetrHead(encoder.settings.patch, encoder.settings.width, len(encoder.channels), settings.features, num_classes)
+        stages = len(self.head.factors)
+        depth = encoder.settings.depth
+        self.taps = tuple(max(depth * stage // stages, 1) - 1 for stage in range(1, stages + 1))
+
+    def forward(
+        self, pixels: Float[Tensor, "batch channel *space"], has_value: Bool[Tensor, "batch *space"]
+    ) -> Float[Tensor, "batch class *space"]:
+        """Class scores in fp32's or autocast's dtype.
+
+        Args:
+            pixels: Normalised units, in the encoder's channel order, zero where there is no value.
+            has_value: False where there is none; a patch without any is seen by no other patch.
+        """
+        patch = self.encoder.settings.patch
+        grid = token_grid(pixels.shape[2:], patch)
+        patches = patchify(pixels, patch)
+        ids = torch.arange(patches.shape[1], device=pixels.device).expand(len(pixels), -1)
+        used = token_valid(has_value, patch, 0.0)
+        layers = self.encoder.layers(patches, ids, grid, None if bool(used.all()) else used)
+        features = [layers[tap] for tap in self.taps[:-1]] + [self.encoder.norm(layers[-1])]
+        maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for tokens in features]
+        scores: Tensor = self.head(pixels, maps)
+        return scores
+
+
+class UnetrHead(nn.Module):
+    """MONAI's UNETR blocks stacked along the prime factors of the patch, so that any patch size is brought to full resolution."""
+
+    def __init__(self, patch: Sequence[int], width: int, num_channels: int, features: int, num_classes: int) -> None:
+        from monai.networks.blocks.dynunet_block import UnetOutBlock
+        from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+
+        super().__init__()
+        axes = len(patch)
+        norm = ("group", {"num_groups": 4})
+        self.factors = upsampling_factors(patch)
+        stages = len(self.factors)
+        sizes = [features * 2 ** (stages - 1 - stage) for stage in range(stages)]
+        self.image = UnetrBasicBlock(axes, num_channels, features, kernel_size=3, stride=1, norm_name=norm, res_block=True)
+        self.skips, self.ups = nn.ModuleList(), nn.ModuleList()
+        for stage in range(stages):
+            self.ups.append(
+                UnetrUpBlock(
+                    axes,
+                    width if stage == 0 else sizes[stage - 1],
+                    sizes[stage],
+                    kernel_size=3,
+                    upsample_kernel_size=self.factors[stage],
+                    norm_name=norm,
+                    res_block=True,
+                )
+            )
+        for stage in range(stages - 1):
+            climbs = [
+                UnetrPrUpBlock(
+                    axes,
+                    width if step == 0 else sizes[stage],
+                    sizes[stage],
+                    num_layer=0,
+                    kernel_size=3,
+                    stride=1,
+                    upsample_kernel_size=self.factors[step],
+                    norm_name=norm,
+                    conv_block=False,
+                    res_block=True,
+                )
+                for step in range(stage + 1)
+            ]
+            self.skips.append(nn.Sequential(*climbs))
+        self.out = UnetOutBlock(axes, features, num_classes)
+
+    def forward(self, pixels: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Scores at full resolution from the pixels and one feature map per stage, the deepest last."""
+        out = maps[-1]
+        for stage, up in enumerate(self.ups):
+            last = stage == len(self.ups) - 1
+            out = up(out, self.image(pixels) if last else self.skips[stage](maps[len(maps) - 2 - stage]))
+        scores: Tensor = self.out(out)
+        return scores
+
+
+def upsampling_factors(patch: Sequence[int]) -> list[tuple[int, ...]]:
+    """Factors per stage and axis, coarsest stage first, whose product over the stages is the patch.
+
+    `(8, 8)` gives three stages of two; `(4, 8, 8)` rests on its first axis in the first of three.
+    """
+    primes = [_primes(size) for size in patch]
+    stages = max(1, *(len(part) for part in primes))
+    padded = [[1] * (stages - len(part)) + part for part in primes]
+    return [tuple(axis[stage] for axis in padded) for stage in range(stages)]
+
+
+def _primes(number: int) -> list[int]:
+    found = []
+    for prime in range(2, math.isqrt(number) + 1):
+        while number % prime == 0:
+            found.append(prime)
+            number //= prime
+    return sorted([*found, number] if number > 1 else found)

@@ -1,0 +1,311 @@
+"""The tile store, write side: shards written whole or not at all, then index, statistics and, last, the manifest.
+
+Every file is written beside its place, synced to disk and renamed, so that a run killed anywhere leaves whole files and `*.tmp`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from numcodecs import Zstd  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from mae_core.shards import DTYPES, NO_CHUNK, ShardedArray, crc32c
+from mae_core.store import FORMAT, FORMAT_VERSION, sha256_of, store_digest
+
+ZSTD_LEVEL = 3
+TEMPORARY = ".tmp"
+"""Ending of a file that is being written; what still has it after a kill is rubbish."""
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What is fixed before the first tile is written.
+
+    Attributes:
+        num_tiles: Positions on the tile axis, those that will stay empty included.
+        channels: Names, in the order of the channel axis.
+        tile: Size of a tile per spatial axis.
+        axes: Name of each spatial axis.
+        dtype: Element type of the pixels, one of `mae_core.shards.DTYPES`.
+        tiles_per_shard: Tiles in a file.
+        has_labels: Whether there is an array of class numbers.
+    """
+
+    num_tiles: int
+    channels: tuple[str, ...]
+    tile: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+    tiles_per_shard: int
+    has_labels: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"a tile store cannot hold {self.dtype}; allowed: {', '.join(DTYPES)}")
+        if len(self.axes) != len(self.tile):
+            raise ValueError(f"tile {self.tile} has {len(self.tile)} axes, axes names {self.axes}")
+
+    @property
+    def arrays(self) -> dict[str, ShardedArray]:
+        """The arrays of the store by name."""
+        shapes = {"pixels": ((len(self.channels), *self.tile), self.dtype), "quality": (self.tile, "uint8")}
+        if self.has_labels:
+            shapes["labels"] = (self.tile, "int16")
+        return {name: ShardedArray(name, (self.num_tiles, *shape), dtype, self.tiles_per_shard) for name, (shape, dtype) in shapes.items()}
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the tile axis; shard `n` of every array has one writer."""
+        return -(-self.num_tiles // self.tiles_per_shard)
+
+
+class ShardWriter:
+    """One shard of every array, tile by tile: holds one encoded tile in memory; the files appear when the block is left in peace.
+
+    A shard without a tile has no file. Files that an earlier try left in the place are removed first.
+    """
+
+    def __init__(self, store: Path, layout: StoreLayout, shard: int) -> None:
+        self._store = store
+        self._shard = shard
+        self._arrays = layout.arrays
+        self._streams: dict[str, IO[bytes]] = {}
+        self._digests = {name: hashlib.sha256() for name in self._arrays}
+        self._index = {name: np.full((layout.tiles_per_shard, 2), NO_CHUNK, "<u8") for name in self._arrays}
+        self.files: dict[str, dict[str, Any]] = {}
+        """Bytes and sha256 of every file written, by its path below the store; filled when the block is left."""
+
+    def __enter__(self) -> Self:
+        for array in self._arrays.values():
+            (self._store / array.key(self._shard)).unlink(missing_ok=True)
+        return self
+
+    def add(self, tile: int, pixels: NDArray[np.generic], quality: NDArray[np.uint8], labels: NDArray[np.int16] | None) -> None:
+        """Appends a tile, padded to the tile size; each tile once.
+
+        Raises:
+            ValueError: The tile is of another shard, or an array has another shape or element type than the layout says.
+            OSError: The disk is full or the folder cannot be written.
+        """
+        given = {"pixels": pixels, "quality": quality} | ({} if labels is None else {"labels": labels})
+        if given.keys() != self._arrays.keys():
+            raise ValueError(f"tile {tile} comes with {sorted(given)}, the store has {sorted(self._arrays)}")
+        for name, values in given.items():
+            array = self._arrays[name]
+            if values.shape != array.shape[1:] or values.dtype != np.dtype(array.dtype):
+                raise ValueError(f"{name} of tile {tile} are {values.dtype}{values.shape}, wanted {array.dtype}{array.shape[1:]}")
+            shard, place = divmod(tile, array.tiles_per_shard)
+            if shard != self._shard or self._index[name][place, 0] != NO_CHUNK:
+                raise ValueError(f"tile {tile} is not one of shard {self._shard}, or came twice")
+            frame = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(values, dtype=array.stored_dtype))
+            chunk = frame + crc32c(frame).to_bytes(4, "little")
+            self._index[name][place] = self._write(name, chunk), len(chunk)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for stream in self._streams.values():
+                with contextlib.suppress(OSError):
+                    stream.close()
+                Path(stream.name).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        for name, stream in self._streams.items():
+            index = self._index[name].tobytes()
+            end = self._write(name, index + crc32c(index).to_bytes(4, "little"))
+            key = self._arrays[name].key(self._shard)
+            self.files[key] = {"bytes": end + len(index) + 4, "sha256": self._digests[name].hexdigest()}
+            _commit(stream, self._store / key)
+
+    def _write(self, name: str, data: bytes) -> int:
+        """Appends to the file of an array; gives the offset at which the data lie."""
+        if name not in self._streams:
+            file = self._store / self._arrays[name].key(self._shard)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._streams[name] = file.with_name(file.name + TEMPORARY).open("wb")
+        offset = self._streams[name].tell()
+        self._streams[name].write(data)
+        self._digests[name].update(data)
+        return offset
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all: beside its place, synced, renamed, and the folder synced."""
+    with writing(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes `path` when the block is left in peace, and nothing otherwise."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("wb") as stream:
+        try:
+            yield stream
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _commit(stream, path)
+
+
+def encode_json(document: Mapping[str, Any]) -> bytes:
+    """JSON that is the same for the same content: sorted keys, no NaN."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def merge_moments(parts: Sequence[Mapping[str, Sequence[float | None]]], num_channels: int) -> dict[str, list[Any]]:
+    """Count, mean, std (of the population), min and max per channel from those of disjoint parts, in float64.
+
+    Each part has `count`, `mean`, `m2` (sum of squared distances from the mean), `min` and `max`, a number per channel; the last
+    two are None where the count is 0. The result depends on the order of the parts only, not on when each was measured.
+    Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
+    count, mean, m2 = np.zeros(num_channels), np.zeros(num_channels), np.zeros(num_channels)
+    low, high = np.full(num_channels, np.inf), np.full(num_channels, -np.inf)
+    for part in parts:
+        added = np.asarray(part["count"], np.float64)
+        total = np.maximum(count + added, 1)
+        delta = np.asarray(part["mean"], np.float64) - mean
+        mean = mean + np.where(added > 0, delta * added / total, 0)
+        m2 = m2 + np.where(added > 0, np.asarray(part["m2"], np.float64) + delta**2 * count * added / total, 0)
+        count = count + added
+        low = np.minimum(low, [np.inf if value is None else value for value in part["min"]])
+        high = np.maximum(high, [-np.inf if value is None else value for value in part["max"]])
+
+    def numbers(values: NDArray[np.float64]) -> list[float | None]:
+        return [float(value) if num else None for value, num in zip(values, count, strict=True)]
+
+    std = np.sqrt(m2 / np.maximum(count, 1))
+    return {
+        "count": [int(num) for num in count],
+        "mean": numbers(mean),
+        "std": numbers(std),
+        "min": numbers(low),
+        "max": numbers(high),
+    }
+
+
+def finish(
+    store: Path,
+    layout: StoreLayout,
+    *,
+    attributes: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    statistics: Mapping[str, Any],
+    shards: Mapping[str, dict[str, Any]],
+    manifest: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes metadata, index and statistics and then the manifest, which makes the store complete; gives the manifest.
+
+    Args:
+        store: Folder whose shards are all written.
+        layout: What the shards were written by.
+        attributes: Of the group; `kind`, `channels` and `no_value` are read back by `TileStore`.
+        rows: One per tile, by rising tile id, with the columns of `mae_core.store.TileIndex`.
+        statistics: What `merge_moments` gives.
+        shards: Bytes and sha256 by path of every shard file.
+        manifest: What else the manifest says; `tiles.accepted` is checked on opening.
+    """
+    written = dict(shards)
+
+    def put(name: str, data: bytes) -> None:
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(store / name, data)
+        written[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    for name, data in _metadata(layout, attributes).items():
+        put(name, data)
+    put("statistics.json", encode_json({"channels": list(layout.channels), **statistics}))
+    _write_index(store / "index.parquet", rows)
+    index = store / "index.parquet"
+    written["index.parquet"] = {"bytes": index.stat().st_size, "sha256": sha256_of(index)}
+    document = {
+        **manifest,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": written,
+        "store_digest": store_digest(written),
+    }
+    write_file(store / "manifest.json", encode_json(document))
+    return document
+
+
+def _metadata(layout: StoreLayout, attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """The `zarr.json` of the group and of each array, made by zarr in memory so that they can be written whole."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.core.buffer import Buffer
+    from zarr.storage import MemoryStore
+
+    documents: dict[str, Buffer] = {}
+    memory = MemoryStore(documents)
+    own = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "has_labels": layout.has_labels,
+        "tile": list(layout.tile),
+        "axes": list(layout.axes),
+    }
+    group = zarr.create_group(store=memory, zarr_format=3, attributes={**attributes, **own})
+    for name, array in layout.arrays.items():
+        inner = array.shape[1:]
+        group.create_array(
+            name,
+            shape=array.shape,
+            chunks=(1, *inner),
+            shards=(array.tiles_per_shard, *inner),
+            dtype=array.dtype,
+            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            fill_value=-1 if name == "labels" else 0,
+            config={"write_empty_chunks": True},
+            dimension_names=("tile", *(("channel",) if name == "pixels" else ()), *layout.axes),
+        )
+    names = ["zarr.json", *(f"{name}/zarr.json" for name in layout.arrays)]
+    return {name: encode_json(json.loads(documents[name].to_bytes())) for name in names}
+
+
+def _write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    whole, real = pa.int64(), pa.float64()
+    schema = pa.schema(
+        [
+            ("tile", whole),
+            *((name, pa.string()) for name in ("scene", "group", "split")),
+            *((name, pa.list_(whole)) for name in ("origin", "extent", "owned")),
+            ("affine", pa.list_(real)),
+            *((name, pa.string()) for name in ("frame", "unit")),
+            ("valid_fraction", real),
+            ("present", pa.list_(pa.bool_())),
+            *((name, pa.list_(real)) for name in ("scale", "offset")),
+        ]
+    )
+    table = pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+    with writing(path) as stream:
+        parquet.write_table(table, stream, compression="zstd")
+
+
+def _commit(stream: IO[bytes], path: Path) -> None:
+    """Syncs what was written, gives it its name and syncs the folder."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+    Path(stream.name).replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,276 @@
+"""MLflow: one run per job, written by rank 0 only, and the model registry. The home of mlflow."""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from mae_core.export import Description
+from mae_core.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+
+PARAMS_PER_CALL, METRIC_INTERVAL_S = 100, 10
+
+
+class TrackingSettings(Settings):
+    """Where runs and models are recorded."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite beside the run)")
+    experiment: str = Field("terravox", min_length=1, description="MLflow experiment")
+    images: bool = Field(True, description="Log reconstruction pictures; turn off where a picture may not leave the archive")
+    system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
+    register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")
+
+
+class TrackingError(RuntimeError):
+    """The tracker or the registry cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry."""
+
+    name: str
+    version: int
+    model_id: str
+
+    @property
+    def uri(self) -> str:
+        """URI of exactly this version."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def tracking_uri(settings: TrackingSettings, out: Path) -> str:
+    """The settings' URI, else the environment's, else `sqlite:///…/mlflow.db` in the folder that holds the run."""
+    given = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
+    if "://" not in uri and not uri.startswith("sqlite:"):
+        raise TrackingError(
+            f"tracking.uri={uri}: a bare folder is no longer a tracking store; use sqlite:///PATH/mlflow.db or an http address"
+        )
+    return uri
+
+
+class Tracker:
+    """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began."""
+
+    def __init__(self, settings: TrackingSettings, out: Path) -> None:
+        self.settings = settings
+        self.uri = tracking_uri(settings, out)
+        self.client = _client(self.uri)
+        self.run_id = ""
+        self._experiment = _experiment(self.client, self.uri, settings.experiment)
+
+    @contextmanager
+    def run(self, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[Tracker]:
+        """The run, new or gone on with: FINISHED at the end, KILLED when interrupted, FAILED on any other exception.
+
+        Raises:
+            TrackingError: `run_id` is given and this tracking store does not know it.
+        """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_system_metrics_sampling_interval(METRIC_INTERVAL_S)
+        hidden = {"mlflow.user": _pseudonym(getpass.getuser()), "mlflow.source.name": tags["source"]}
+        try:
+            started = mlflow.start_run(
+                run_id=run_id,
+                experiment_id=None if run_id else self._experiment,
+                run_name=None if run_id else name,
+                tags={**tags, **hidden},
+                log_system_metrics=self.settings.system_metrics,
+            )
+        except MlflowException as error:
+            raise TrackingError(
+                f"run {run_id} of the checkpoint cannot be continued in {redacted(self.uri)}: {error.message}; "
+                "set tracking.uri to where it was begun"
+            ) from error
+        self.run_id = started.info.run_id
+        if run_id is None:
+            self._log_config(config)
+        try:
+            yield self
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            raise
+        except BaseException as error:
+            self.client.set_tag(self.run_id, "failure", type(error).__name__)
+            mlflow.end_run("FAILED")
+            raise
+        mlflow.end_run("FINISHED")
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log values at a step, in one call."""
+        import mlflow
+
+        mlflow.log_metrics({key: float(value) for key, value in values.items()}, step=step, run_id=self.run_id, synchronous=True)
+
+    def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
+        """Log a picture at a step, if pictures are wanted."""
+        if self.settings.images:
+            self.client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Log a file."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        for key, value in values.items():
+            self.client.set_tag(self.run_id, key, value)
+
+    def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, str]) -> None:
+        """Log a tile store as the run's input by name and digest; no path is told."""
+        import mlflow
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.meta_dataset import MetaDataset
+
+        source = CodeDatasetSource(tags={"terravox.store_digest": digest, **facts})
+        mlflow.log_input(MetaDataset(source, name=name, digest=digest[:36]), context=context)
+
+    def register(self, folder: Path, description: Description, parent: Registered | None) -> Registered:
+        """Log a model folder as a pyfunc model, register it and move the alias `candidate` to the new version.
+
+        The logged model holds the folder, a short script that serves it and a copy of this package; no pickle.
+        """
+        import mlflow
+        import torch
+        from mlflow.entities import LoggedModelInput
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        name = self.settings.register_as or f"terravox-{description.modality}-{description.kind}"
+        shape = (-1, len(description.channels), *(-1 for _ in description.crop))
+        out = (
+            TensorSpec(np.dtype(np.int64), (-1, *shape[2:]))
+            if description.kind == "segmenter"
+            else TensorSpec(np.dtype(np.float32), (-1, -1, -1))
+        )
+        package = Path(__file__).parent
+        mlflow.set_tracking_uri(self.uri)
+        info = mlflow.pyfunc.log_model(
+            name=description.kind,
+            python_model=str(package / "served_model.py"),
+            artifacts={"model": str(folder)},
+            signature=ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), Schema([out])),
+            input_example=np.zeros((1, len(description.channels), *description.crop), dtype=np.float32),
+            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "numpy", "pydantic", "jaxtyping", "safetensors", "monai"],
+            code_paths=[str(package)],
+            metadata={"channels": list(description.channels), "units": "normalised: (physical - mean) / std", **description.lineage},
+            registered_model_name=name,
+            tags={"kind": description.kind, "modality": description.modality},
+        )
+        done = Registered(name, int(info.registered_model_version), str(info.model_id))
+        self.client.set_registered_model_alias(name, "candidate", str(done.version))
+        for key, value in description.lineage.items():
+            self.client.set_model_version_tag(name, str(done.version), key, value)
+        if parent is not None:
+            self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id=parent.model_id)])
+        return done
+
+    def _log_config(self, config: Mapping[str, Any]) -> None:
+        flat = {key: str(value)[:6000] for key, value in flatten(config).items()}
+        items = list(flat.items())
+        import mlflow
+
+        for start in range(0, len(items), PARAMS_PER_CALL):
+            mlflow.log_params(dict(items[start : start + PARAMS_PER_CALL]))
+
+
+def fetch_model(uri: str, settings: TrackingSettings, out: Path) -> tuple[Path, Registered]:
+    """Model folder of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, fetched from the registry, and which version it is.
+
+    Raises:
+        TrackingError: The registry does not know it.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    store = tracking_uri(settings, out)
+    client = _client(store)
+    name, _, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if alias:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            name, _, version = name.partition("/")
+            found = client.get_model_version(name, version)
+        folder = Path(download_artifacts(f"models:/{name}/{found.version}", tracking_uri=store))
+    except MlflowException as error:
+        raise TrackingError(
+            f"{uri} is not in the registry at {redacted(store)}: {error.message}; see what is there with the MLflow UI"
+        ) from error
+    model_id = str(found.model_id or found.source.rpartition("/")[2])
+    return folder / "artifacts" / "model", Registered(name, int(found.version), model_id)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def redacted(uri: str) -> str:
+    """A URI without user and password."""
+    head, _, tail = uri.rpartition("@")
+    return f"{head.partition('://')[0]}://…@{tail}" if head else uri
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client; the schema of a new database is made under a lock, once, before anyone else opens it."""
+    from mlflow import MlflowClient
+
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment's id; a new one of a local database keeps its artifacts beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        place = None
+        if uri.startswith("sqlite:///"):
+            place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def _pseudonym(text: str) -> str:
+    return "user-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -1,0 +1,233 @@
+"""The training loop: one function that reads top to bottom, for one process and for many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_core.augment import RawBatch
+from mae_core.checkpoint import TrainState, save
+from mae_core.loader import Stream
+from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr
+from mae_core.settings import Settings
+
+
+class TrainSettings(Settings):
+    """Length of a run and what happens along it."""
+
+    steps: int = Field(1000, ge=1, description="Updates of the weights")
+    log_steps: int = Field(10, ge=1, description="Updates between two lines of the log")
+    eval_steps: int = Field(200, ge=1, description="Updates between two evaluations on held-out tiles")
+    eval_tiles: int = Field(64, ge=1, description="Held-out tiles that are evaluated, spread evenly over all of them")
+    checkpoint_steps: int = Field(200, ge=1, description="Updates between two checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay on disk")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes it, else fp32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
+    seed: int = Field(0, ge=0, description="Of weights, order, crops and hidden sets")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names step, cause and samples."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Loss of a micro-batch as a sum and a count, so that any division of a batch gives the same gradient.
+
+    Attributes:
+        total: Scalar sum to go backward from.
+        count: Scalar number of summed terms; the loss is `total / count` over all micro-batches and processes.
+        per_sample: Detached sums `(batch,)`, to name a sample that is not finite.
+        tile: Tile numbers `(batch,)`.
+        nominal: A number of the size of `count` that does not depend on data; keeps the backward pass in range.
+    """
+
+    total: Tensor
+    count: Tensor
+    per_sample: Tensor
+    tile: Tensor
+    nominal: float
+
+
+class Task(Protocol):
+    """What is trained: turns raw batches into a loss, and looks at held-out tiles."""
+
+    def loss(self, model: nn.Module, raw: RawBatch) -> Loss:
+        """Loss of a micro-batch."""
+        ...
+
+    def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
+        """Names and values from held-out tiles; every process takes part and gets the same values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loop tells the outside after some steps.
+
+    Attributes:
+        step: Updates done.
+        metrics: Names and values since the last report.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where checkpoints go, and the resolved settings that are stored in each."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+
+def train(
+    task: Task,
+    state: TrainState,
+    stream: Stream,
+    settings: TrainSettings,
+    optim: OptimSettings,
+    checkpoints: Checkpoints | None,
+    report: Callable[[Report], None],
+) -> None:
+    """Train `state` in place from its step to the last.
+
+    Gradients of all micro-batches and processes are summed and divided by the global count once, so neither the
+    micro-batch size nor uneven numbers of valid voxels change the update.
+
+    Args:
+        task: Gives loss and evaluation.
+        state: Model, optimiser and step; continued from wherever it is.
+        stream: Where samples come from.
+        settings: Length, intervals, precision.
+        optim: Rate, schedule and clipping.
+        checkpoints: Where to write them; None writes none.
+        report: Called on every process after `log_steps` updates and after an evaluation.
+
+    Raises:
+        TrainingError: The loss or the gradient is not finite; no checkpoint is written after that.
+    """
+    parallel = stream.parallel
+    model = parallel.wrap(state.model)
+    model.train()
+    lr = learning_rate(optim, stream.settings.global_batch_size)
+    window = _Window()
+    for batches, waited in stream.steps(state.step, settings.steps):
+        set_lr(state.optimiser, lr * lr_factor(state.step, settings.steps, optim))
+        losses = []
+        for number, raw in enumerate(batches):
+            with _no_reduction(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
+                loss = task.loss(model, raw)
+            (loss.total / loss.nominal).backward()
+            losses.append(loss)
+        total, count = parallel.sum(torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0))
+        factor = losses[0].nominal * parallel.world / count.clamp(min=1)
+        gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_norm)
+        state.optimiser.step()
+        state.optimiser.zero_grad(set_to_none=True)
+        state.step += 1
+        window.add(total / count.clamp(min=1), norm, losses, waited, stream.settings.global_batch_size)
+        if _due(state.step, settings.log_steps, settings):
+            report(Report(state.step, window.close(state.step) | {"train/lr": state.optimiser.param_groups[-1]["lr"]}))
+        if _due(state.step, settings.eval_steps, settings):
+            window.check(state.step)
+            with window.paused(), torch.inference_mode(), autocast(settings.precision, parallel.device):
+                model.eval()
+                report(Report(state.step, dict(task.evaluate(state.model, state.step))))
+                model.train()
+        if checkpoints is not None and _due(state.step, settings.checkpoint_steps, settings):
+            window.check(state.step)
+            if parallel.is_first:
+                save(state, checkpoints.folder, checkpoints.record, settings.keep_checkpoints)
+            parallel.barrier()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 autocast where it is asked for, or with `auto` where the hardware computes it; else nothing."""
+    if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices faster than fp32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+class _Window:
+    """Losses since the last report, kept on the device so that a step need not wait for them."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Tensor, Tensor, list[Loss]]] = []
+        self.waited, self.samples = 0.0, 0
+        self.began = perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor, losses: list[Loss], waited: float, samples: int) -> None:
+        self.steps.append((loss, norm, losses))
+        self.waited += waited
+        self.samples += samples
+
+    def check(self, step: int) -> None:
+        """Stop if a loss or gradient norm was not finite."""
+        for back, (loss, norm, losses) in enumerate(self.steps):
+            if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+                continue
+            pairs = [pair for part in losses for pair in zip(part.tile.tolist(), part.per_sample.tolist(), strict=True)]
+            bad = [tile for tile, value in pairs if not math.isfinite(value)]
+            at = step - len(self.steps) + back + 1
+            names = f"tiles {bad}" if bad else f"none of its samples by itself; the batch holds tiles {[tile for tile, _ in pairs]}"
+            raise TrainingError(
+                f"step {at}: loss {float(loss)}, gradient norm {float(norm)}: not finite, in {names}. "
+                "The last checkpoint is from before; lower optim.base_lr or look at these tiles, then run again"
+            )
+
+    def close(self, step: int) -> dict[str, float]:
+        """Metrics of the window; a new one begins."""
+        self.check(step)
+        seconds = perf_counter() - self.began
+        metrics = {
+            "train/loss": float(torch.stack([loss for loss, _, _ in self.steps]).mean()),
+            "train/grad_norm": float(torch.stack([norm for _, norm, _ in self.steps]).mean()),
+            "speed/samples_per_second": self.samples / seconds,
+            "speed/data_wait_fraction": self.waited / seconds,
+        }
+        self.steps.clear()
+        self.waited, self.samples, self.began = 0.0, 0, perf_counter()
+        return metrics
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside is not counted as training time."""
+        began = perf_counter()
+        yield
+        self.began += perf_counter() - began
+
+
+def _due(step: int, every: int, settings: TrainSettings) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+@contextmanager
+def _no_reduction(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Gradients travel between processes only with the last micro-batch."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield

@@ -1,0 +1,243 @@
+"""The bytes of a NIfTI file: its checked header, its voxels, and a label file in the same geometry.
+
+Nothing here knows of scenes. Errors give the reason without the file's name, which the caller adds where it may be seen.
+Free text in headers (`descrip`, `db_name`, extensions) is never read into anything.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from modalities.grid import Grid
+from modalities.scene import SceneError
+
+MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
+MAX_SHEAR = 0.02
+"""Largest cosine between two axes of a volume, about 1 degree away from a right angle."""
+MAX_DISAGREEMENT_MM = 1.0
+"""A volume whose sform and qform put a corner further apart is flagged; the sform is used."""
+MAX_TRAILING_BYTES = 1 << 20
+MAX_GZIP_RATIO = 1032
+"""Deflate cannot compress further (zlib, technical details)."""
+
+_GEOMETRY = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
+_GEOMETRY += ("sform_code", "qform_code", "xyzt_units")
+
+
+@dataclass(frozen=True)
+class VolumeHeader:
+    """What the first bytes of a file say about its array.
+
+    Attributes:
+        space: Voxels per axis in the file's own order.
+        affine: Index in that order to RAS+ millimetres.
+        dtype: As stored, byte order included.
+        slope, intercept: Physical value = stored · slope + intercept.
+        data_offset: Where the array begins in the uncompressed file.
+        flags: `orientation_unknown`, `sform_qform_disagree`.
+    """
+
+    space: tuple[int, ...]
+    affine: tuple[tuple[float, ...], ...]
+    dtype: str
+    slope: float
+    intercept: float
+    data_offset: int
+    flags: tuple[str, ...]
+
+    @property
+    def short(self) -> str:
+        """The affine's upper rows with four digits, for a message."""
+        return str(np.asarray(self.affine)[:3].round(4).tolist())
+
+    @property
+    def grid(self) -> Grid:
+        """The lattice in the file's own order."""
+        return Grid(self.space, self.affine, "RAS+", "mm")
+
+    @property
+    def canonical(self) -> Grid:
+        """The same lattice with each axis along the one of R, A and S that lies closest."""
+        return _turned(self.grid, io_orientation(self.grid.matrix))
+
+    def to_canonical(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """`values` in the order of `canonical`, from the file's."""
+        return np.asarray(apply_orientation(values, io_orientation(self.grid.matrix)))
+
+    def from_canonical(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """`values` in the file's order, from the order of `canonical`."""
+        return np.asarray(apply_orientation(values, ornt_transform(axcodes2ornt("RAS"), io_orientation(self.grid.matrix))))
+
+    def covers(self, other: VolumeHeader) -> bool:
+        """Whether both speak of the same voxels, in whatever order: equal shape, affines equal within 0.001."""
+        turned = _turned(self.grid, _turn(self, other))
+        return turned.space == other.space and bool(np.allclose(turned.matrix, other.affine, rtol=0, atol=1e-3))
+
+    def to_order_of(self, other: VolumeHeader, values: NDArray[np.generic]) -> NDArray[np.generic]:
+        """`values` in the order of `other`, which this one `covers`, from the file's."""
+        return np.asarray(apply_orientation(values, _turn(self, other)))
+
+
+def read_header(path: Path) -> VolumeHeader:
+    """The checked header of a NIfTI file, plain or gzipped; no voxel is read.
+
+    Raises:
+        SceneError: It is no NIfTI header or describes no volume in space; without the file's name.
+    """
+    return _understand(_unpack_header(path))
+
+
+def read_stored(path: Path, header: VolumeHeader) -> NDArray[np.generic]:
+    """The array as stored, in native byte order; floats wider than 32 bits become float32.
+
+    Reads the file to its end, so that a gzip stream's checksum is proved.
+
+    Raises:
+        SceneError: There is less or much more data than `header` states.
+        OSError, EOFError, zlib.error: The file or its gzip stream is damaged.
+    """
+    dtype = np.dtype(header.dtype)
+    wanted = int(np.prod(header.space, dtype=object)) * dtype.itemsize
+    size = path.stat().st_size
+    with _stream(path) as (stream, is_gzip):
+        if is_gzip and wanted > size * MAX_GZIP_RATIO:
+            raise SceneError(f"the header states {wanted} bytes, which {size} bytes of gzip cannot hold")
+        if not is_gzip and header.data_offset + wanted > size:
+            raise SceneError(f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again")
+        stream.seek(header.data_offset)
+        data = stream.read(wanted)
+        trailing = stream.read(MAX_TRAILING_BYTES + 1)
+    if len(data) < wanted:
+        raise SceneError(f"truncated: {len(data)} of {wanted} bytes of voxels; copy it again")
+    if len(trailing) > MAX_TRAILING_BYTES:
+        raise SceneError(f"more than {MAX_TRAILING_BYTES} bytes follow the {wanted} that the header states")
+    values = np.frombuffer(data, dtype).reshape(header.space, order="F")
+    wide = dtype.kind == "f" and dtype.itemsize > 4
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32 if wide else dtype.newbyteorder("="))
+
+
+def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
+    """Writes `values` to `path` as .nii.gz with the geometry of the file `source`, whole or not at all; the same input, the same bytes."""
+    like = _unpack_header(source)
+    header = type(like)()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(values.shape)
+    for key in _GEOMETRY:
+        header[key] = like[key]
+    header["pixdim"][:4] = like["pixdim"][:4]
+    for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", 1), ("scl_inter", 0)):
+        header[key] = value
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as raw:
+            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:
+                stream.write(header.binaryblock + bytes(4) + values.tobytes("F"))
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _turn(one: VolumeHeader, other: VolumeHeader) -> NDArray[np.float64]:
+    """Axes of one, each with its place among those of the other and its sign, as nibabel has it; from the axes of one to those of the other; unlike two ways to RAS+ it is sure for oblique ones too."""
+    return np.asarray(io_orientation(np.linalg.inv(other.grid.matrix) @ one.grid.matrix))
+
+
+def _turned(grid: Grid, turn: NDArray[np.float64]) -> Grid:
+    space = tuple(grid.space[axis] for axis in np.argsort(turn[:, 0]))
+    return Grid.from_matrix(space, grid.matrix @ inv_ornt_aff(turn, grid.space), grid.frame, grid.unit)
+
+
+def _unpack_header(path: Path) -> Any:
+    """The header of a file as it stands there, nothing repaired."""
+    with _stream(path) as (stream, _):
+        block = stream.read(540)
+    for size, kind in ((348, nib.Nifti1Header), (540, nib.Nifti2Header)):
+        for order, code in (("little", "<"), ("big", ">")):
+            if len(block) >= size and block[:4] == size.to_bytes(4, order):
+                raw = kind(block[:size], endianness=code, check=False)
+                magic = bytes(raw["magic"])
+                if magic.startswith((b"ni1", b"ni2")):
+                    raise SceneError("half of a .hdr/.img pair, not a single NIfTI file; convert it to .nii.gz")
+                if magic.startswith((b"n+1", b"n+2")):
+                    return raw
+    raise SceneError("not NIfTI: no NIfTI-1 or NIfTI-2 header at its beginning")
+
+
+def _understand(raw: Any) -> VolumeHeader:
+    dims = [int(v) for v in raw["dim"]]
+    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
+        raise SceneError(f"the header's dim {dims} is no array shape")
+    shape = dims[1 : dims[0] + 1]
+    extra = int(np.prod(shape[3:], dtype=object))
+    if extra > 1:
+        raise SceneError(f"{len(shape)}-D with {extra} volumes: split it")
+    if len(shape) < 3:
+        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}; a volume has three axes")
+    try:
+        dtype = raw.get_data_dtype()
+        affine = np.asarray(raw.get_best_affine(), dtype=np.float64)
+        codes = int(raw["sform_code"]), int(raw["qform_code"])
+        disagree = min(codes) > 0 and _distance(affine, raw.get_qform(), shape[:3]) > MAX_DISAGREEMENT_MM
+    except (HeaderDataError, ValueError) as error:
+        raise SceneError(f"the header is damaged: {error}") from error
+    if dtype.kind not in "iuf":
+        raise SceneError(f"voxels of type {dtype} are not supported; real numbers are wanted")
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(raw["xyzt_units"]) & 7, 1.0)
+    _check_place(affine, raw["pixdim"][1:4])
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    slope, intercept = (1.0, 0.0) if np.isnan(slope) or slope == 0 else (slope, 0.0 if np.isnan(intercept) else intercept)
+    offset = float(raw["vox_offset"])
+    if not (np.isfinite([slope, intercept, offset]).all() and 0 <= offset <= 1 << 26):
+        raise SceneError(f"the header is damaged: slope {slope}, intercept {intercept}, data at byte {offset}")
+    flags = ["orientation_unknown"] * (max(codes) <= 0) + ["sform_qform_disagree"] * disagree
+    rows = tuple(tuple(float(v) for v in row) for row in affine)
+    return VolumeHeader(tuple(shape[:3]), rows, dtype.str, slope, intercept, max(int(offset), raw.single_vox_offset), tuple(flags))
+
+
+def _check_place(affine: NDArray[np.float64], pixdim: NDArray[np.floating]) -> None:
+    if not np.isfinite(affine).all():
+        raise SceneError("the affine is not finite; repair the header")
+    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+        raise SceneError(f"pixdim {pixdim.tolist()} is zero, negative or not finite; repair the header")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = affine[:3, :3] / np.where(spacing > 0, spacing, 1)
+    if abs(np.linalg.det(axes)) < 1e-3:
+        raise SceneError(f"the affine cannot be inverted: {affine[:3].round(4).tolist()}; repair the header")
+    if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
+        raise SceneError(f"spacing {spacing.round(4).tolist()} mm is not between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
+    shear = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    if shear > MAX_SHEAR:
+        raise SceneError(f"the affine is sheared: the cosine between two axes is {shear:.3f}, at most {MAX_SHEAR} is allowed; resample it")
+
+
+def _distance(one: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:
+    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)]) * [*(n - 1 for n in shape), 1]
+    return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
+
+
+@contextmanager
+def _stream(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """The uncompressed bytes of a file, and whether they come out of gzip; told by its content, not by its name."""
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if is_gzip:
+            with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+                yield stream, True
+        else:
+            yield raw, False

@@ -1,0 +1,361 @@
+"""Scenes from GeoTIFF, COG and JPEG 2000: one multi-band file, or one file a band on grids of several resolutions."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+from rasterio.warp import transform_bounds
+
+from modalities.grid import Grid, Window
+from modalities.quality import Quality
+from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, quiet, read_bands, same_frame
+from modalities.resample import ALIGNED, align, bilinear, is_placed, relate
+from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+
+SHARED_GROUND = 0.05
+"""Scenes that share more than this part of the smaller one's footprint show the same place."""
+
+
+class Radiometry(AdapterSettings):
+    """Physical value = stored value · `scale` + `offset` for files whose relative path or name matches the glob."""
+
+    match: str
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+class RasterSettings(AdapterSettings):
+    """How to read multi-band rasters.
+
+    Attributes:
+        bands: Names by position, for files whose bands are not all described; without it these are `band_1`, `band_2`, ….
+        radiometry: Scale and offset by file; the first match wins, then what the file says itself, then 1 and 0.
+        nodata: The value that means "nothing here", in place of the file's own.
+        exclude: Globs of relative paths or file names that are not looked at.
+        require_georeference: Reject files without a CRS or an affine.
+    """
+
+    kind: Literal["raster"] = "raster"
+    bands: tuple[str, ...] | None = Field(None, min_length=1)
+    radiometry: tuple[Radiometry, ...] = ()
+    nodata: float | None = None
+    exclude: tuple[str, ...] = ()
+    require_georeference: bool = False
+
+    @field_validator("bands")
+    @classmethod
+    def _unique(cls, bands: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        twice = [name for name, count in Counter(bands or ()).items() if count > 1]
+        if twice:
+            raise ValueError(f"a band can be named once only, named twice: {', '.join(twice)}")
+        return bands
+
+
+def radiometry(
+    file: RasterFile, position: int, chosen: tuple[Radiometry, ...], default: tuple[float, float] = (1.0, 0.0)
+) -> tuple[float, float]:
+    """Scale and offset of the data band at `position`: the first match of `chosen`, else the file's tags, else `default`."""
+    for entry in chosen:
+        if fnmatch(file.relative, entry.match) or fnmatch(file.path.name, entry.match):
+            return entry.scale, entry.offset
+    own = (file.scales[position], file.offsets[position])
+    return default if own == (1.0, 0.0) else own
+
+
+@dataclass(frozen=True)
+class RasterScene:
+    """Bands in one or several files, on the grid of the finest of them.
+
+    Bands on a coarser grid are brought to it by position, linearly between valid pixels. A pixel is flagged when ANY
+    of the bands is invalid there, so that a mixed scene is only counted where all of its bands measured something;
+    the flags say why: `NODATA` (the nodata value or a mask or alpha band of the file), `NOT_FINITE`, `SATURATED`
+    (only where the adapter knows the value), `OUTSIDE` (a coarser band does not reach there).
+    """
+
+    name: str
+    group: str
+    grid: Grid
+    bands: tuple[BandFile, ...]
+    label_suffix: str = field(default=".tif", init=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the bands, each once."""
+        return tuple(dict.fromkeys(band.path for band in self.bands))
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """One per band."""
+        return tuple(band.channel for band in self.bands)
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """The narrowest type that holds all bands; float64 becomes float32."""
+        common = np.result_type(*(np.dtype(band.dtype) for band in self.bands))
+        return np.dtype(np.float32) if common == np.float64 else common
+
+    @property
+    def reference(self) -> BandFile:
+        """The first band that lies on the scene's own grid."""
+        return next(band for band in self.bands if band.grid == self.grid)
+
+    def read(self, window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+        """Pixels `(channel, row, column)` and quality `(row, column)`; any window gives the numbers of the whole."""
+        _check_window(window, self.grid, self.name)
+        space = tuple(part.stop - part.start for part in window)
+        pixels = np.empty((len(self.bands), *space), self.dtype)
+        quality = np.zeros(space, np.uint8)
+        for path in self.files:
+            places = [i for i, band in enumerate(self.bands) if band.path == path]
+            bands = [self.bands[i] for i in places]
+            rows, columns = align(self.grid, bands[0].grid)
+            source = (rows.needed(window[0]), columns.needed(window[1]))
+            values, flags = read_bands(bands, source)
+            for place, band_values, band_flags in zip(places, values, flags, strict=True):
+                new_values, new_flags = bilinear(band_values, band_flags, (rows, columns), window)
+                with np.errstate(over="ignore"):
+                    pixels[place] = new_values
+                if pixels.dtype.kind == "f":
+                    new_flags |= np.where(np.isfinite(pixels[place]) | (new_flags > 0), 0, Quality.NOT_FINITE).astype(np.uint8)
+                quality |= new_flags
+        return pixels, quality
+
+    def open_labels(self, path: Path) -> RasterLabels:
+        """The class numbers in a single-band raster on this scene's lattice; it may reach further than the scene, or less far."""
+        try:
+            header = inspect(path, path.name)
+        except SceneError as error:
+            raise SceneError(f"the labels {path} cannot be used: {error}") from error
+        grid = header.grid
+        same_frame = same_frame(self.grid.frame, grid.frame)
+        linear, offset = relate(self.grid, grid)
+        whole = np.round(offset)
+        drift = (np.abs(linear - np.eye(2)) * np.array(self.grid.space)).max()
+        unplaced = not is_placed(self.grid) and self.grid.space != grid.space
+        if not same_frame or drift > ALIGNED or np.abs(offset - whole).max() > ALIGNED or unplaced:
+            raise SceneError(
+                f"{path} does not lie on the grid of {self.name}: the labels have {_describe(grid)}, the image has {_describe(self.grid)}; "
+                f"the image begins at row {offset[0]:.2f}, column {offset[1]:.2f} of the labels. "
+                "Reproject the labels with nearest neighbour to the image's grid"
+            )
+        first, size = whole.astype(int), np.array(grid.space)
+        if (first >= size).any() or (first + np.array(self.grid.space) <= 0).any():
+            raise SceneError(f"{path} covers no part of {self.name}: labels {_describe(grid)}, image {_describe(self.grid)}")
+        if header.count != 1 or np.dtype(header.dtypes[0]).kind not in "iuf":
+            raise SceneError(f"{path} has {header.count} bands of {header.dtypes[0]}; labels are one band of whole numbers")
+        band = BandFile(path, header.indexes[0], Channel("labels"), grid, header.dtypes[0], header.nodata[0])
+        return RasterLabels(band, self.grid, (int(first[0]), int(first[1])))
+
+    def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
+        """A deflated GeoTIFF with the CRS and the very affine of the reference band's file."""
+        if labels.shape != self.grid.space or labels.dtype != np.uint8 or not 0 <= no_label <= 255:
+            raise SceneError(
+                f"labels for {self.name} must be uint8 of shape {self.grid.space} with no_label in 0…255, "
+                f"got {labels.dtype} of shape {labels.shape} with {no_label}"
+            )
+        place = self._place()
+        height, width = self.grid.space
+        blocks: dict[str, Any] = {"tiled": True, "blockxsize": 256, "blockysize": 256} if min(height, width) >= 256 else {}
+        profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": no_label}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with rasterio.Env(GDAL_PAM_ENABLED="NO"), quiet():
+                target = rasterio.open(partial, "w", compress="deflate", **profile, **place, **blocks)
+            with target:
+                target.write(labels, 1)
+            partial.replace(path)
+        except BROKEN as error:
+            raise SceneError(f"cannot write {path}: {plain(error, partial)}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _place(self) -> dict[str, Any]:
+        path = self.reference.path
+        try:
+            with opened(path) as source:
+                return {"crs": source.crs, "transform": source.transform} if is_placed(self.grid) else {}
+        except BROKEN as error:
+            raise SceneError(f"cannot read {path}, whose geometry the labels of {self.name} take: {plain(error, path)}") from error
+
+
+@dataclass(frozen=True)
+class RasterLabels:
+    """Class numbers from a raster on the lattice of a scene, `first` being the scene's first pixel in it."""
+
+    band: BandFile
+    grid: Grid
+    first: tuple[int, int]
+
+    def read(self, window: Window) -> NDArray[np.int64]:
+        """Class numbers; -1 at nodata, under the raster's mask, beyond its edge and for negative numbers."""
+        _check_window(window, self.grid, str(self.band.path))
+        labels = np.full([part.stop - part.start for part in window], -1, np.int64)
+        begin = [part.start + first for part, first in zip(window, self.first, strict=True)]
+        source = tuple(slice(max(b, 0), min(b + n, size)) for b, n, size in zip(begin, labels.shape, self.band.grid.space, strict=True))
+        if any(part.stop <= part.start for part in source):
+            return labels
+        values, flags = (found[0] for found in read_bands([self.band], source))
+        usable = np.where(flags == 0, values, -1)
+        if (usable != np.rint(usable)).any():
+            raise SceneError(
+                f"{self.band.path} holds numbers that are not whole, such as {usable[usable != np.rint(usable)][0]}; labels are class numbers"
+            )
+        into = tuple(slice(part.start - b, part.stop - b) for part, b in zip(source, begin, strict=True))
+        labels[into] = np.maximum(usable, -1).astype(np.int64)
+        return labels
+
+
+def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) -> tuple[list[RasterScene], list[Rejected]]:
+    """A scene for every usable raster and a reason for every other one.
+
+    The header and the last block are read, which finds text under a false name, cut-off files and most damage.
+    A damaged block elsewhere, or a damaged mask, is found when `read` comes to it. Files beside a raster (`.aux.xml`,
+    `.tfw`, `.msk`, `.ovr`) are not looked at.
+    """
+    scenes: list[RasterScene] = []
+    rejected: list[Rejected] = []
+    for path in sorted(files):
+        relative = path.relative_to(folder).as_posix()
+        try:
+            scenes.append(_scene(inspect(path, relative), settings))
+        except SceneError as error:
+            rejected.append(Rejected(relative, str(error)))
+    return name_uniquely(scenes, folder), rejected
+
+
+def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
+    if settings.require_georeference and not (file.grid.frame and is_placed(file.grid)):
+        raise SceneError("it has no CRS and affine, and reader.require_georeference=true")
+    names = file.descriptions
+    if not all(names) or len(set(names)) < len(names):
+        names = settings.bands or tuple(f"band_{i + 1}" for i in range(file.count))
+    if len(names) != file.count:
+        raise SceneError(f"it has {file.count} bands where reader.bands names {len(names)} ({', '.join(names)})")
+    bands = []
+    for i, name in enumerate(names):
+        scale, offset = radiometry(file, i, settings.radiometry)
+        channel = Channel(name, None, file.resolution_m, scale, offset)
+        nodata = file.nodata[i] if settings.nodata is None else settings.nodata
+        bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata))
+    return RasterScene(stem := str(Path(file.relative).with_suffix("").as_posix()), stem, file.grid, tuple(bands))
+
+
+def assemble(name: str, bands: list[BandFile]) -> tuple[RasterScene, list[tuple[BandFile, str]]]:
+    """The scene of several bands on the grid of the finest, and the bands that cannot be brought to it, with reasons.
+
+    Where the files speak of several CRS, the one that most bands have is the scene's.
+    """
+    frame = Counter(band.grid.frame for band in bands).most_common(1)[0][0]
+    reference = min((band for band in bands if band.grid.frame == frame), key=lambda band: float(np.prod(band.grid.spacing)))
+    kept, left = [], []
+    for band in bands:
+        try:
+            if not same_frame(band.grid.frame, frame):
+                raise SceneError(
+                    f"its CRS ({band.grid.frame or 'none'}) is not that of the scene's other bands ({frame or 'none'}); warp it to theirs"
+                )
+            align(reference.grid, band.grid)
+            kept.append(band)
+        except SceneError as error:
+            left.append((band, str(error)))
+    return RasterScene(name, name, reference.grid, tuple(kept)), left
+
+
+def name_uniquely(scenes: list[RasterScene], folder: Path) -> list[RasterScene]:
+    """The scenes, those of one name renamed after their first file with its ending."""
+    seen = Counter(scene.name for scene in scenes)
+    full = [scene.name if seen[scene.name] == 1 else scene.files[0].relative_to(folder).as_posix() for scene in scenes]
+    return [replace(scene, name=name, group=name) for scene, name in zip(scenes, full, strict=True)]
+
+
+def group_by_place(scenes: list[RasterScene]) -> list[RasterScene]:
+    """The scenes with `group` set so that all that show the same ground share one, named after its first member.
+
+    Two scenes show the same ground when their footprints share more than 5 % of the smaller one, which leaves
+    neighbours with a common edge row apart. Footprints are compared in their own CRS where it is the same, else as
+    boxes of longitude and latitude. A scene without a place is a group by itself.
+    """
+    order = sorted(scenes, key=lambda scene: scene.name)
+    boxes: dict[Grid, int] = {}
+    member = {scene.name: boxes.setdefault(scene.grid, len(boxes)) if scene.grid.frame else -1 for scene in order}
+    grids = list(boxes)
+    root = list(range(len(grids)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for one, other in _overlapping(grids):
+        root[find(one)] = find(other)
+    first: dict[int, str] = {}
+    group = {name: first.setdefault(find(i), name) if i >= 0 else name for name, i in member.items()}
+    return [replace(scene, group=group[scene.name]) for scene in scenes]
+
+
+Box = tuple[float, float, float, float]
+"""West, south, east, north."""
+
+
+def _overlapping(grids: list[Grid]) -> Iterator[tuple[int, int]]:
+    """Pairs of grids that share ground, by a sweep from west to east over their boxes on the globe."""
+    own = [_footprint(grid) for grid in grids]
+    globe = [(*turned, i) for i, grid in enumerate(grids) for turned in _on_globe(grid.frame, own[i])]
+    active: list[tuple[float, float, float, float, int]] = []
+    for west, south, east, north, i in sorted(globe):
+        active = [box for box in active if box[2] > west]
+        for box in active:
+            j = box[4]
+            alike = grids[i].frame == grids[j].frame
+            if j != i and (_shares(own[i], own[j]) if alike else _shares((west, south, east, north), box[:4])):
+                yield i, j
+        active.append((west, south, east, north, i))
+
+
+def _footprint(grid: Grid) -> Box:
+    rows, columns = grid.space
+    corners = np.array([grid.world((row - 0.5, column - 0.5)) for row in (0, rows) for column in (0, columns)])
+    (west, south), (east, north) = corners.min(axis=0), corners.max(axis=0)
+    return float(west), float(south), float(east), float(north)
+
+
+def _on_globe(frame: str, box: Box) -> list[Box]:
+    """The box in longitude and latitude, once more 360° to the west where it crosses the date line; empty where it has none."""
+    try:
+        west, south, east, north = transform_bounds(frame, "EPSG:4326", *box)
+    except BROKEN:
+        return []
+    if not np.isfinite([west, south, east, north]).all():
+        return []
+    turn = 360.0 if west >= 180 else 0.0
+    west, east = west - turn, east - turn + (360.0 if east < west else 0.0)
+    return [(west, south, east, north)] + ([(west - 360, south, east - 360, north)] if east > 180 else [])
+
+
+def _shares(one: Box, other: Box) -> bool:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
+    return width > 0 and height > 0 and width * height > SHARED_GROUND * smaller
+
+
+def _check_window(window: Window, grid: Grid, name: str) -> None:
+    if len(window) != 2 or any(not 0 <= part.start < part.stop <= size for part, size in zip(window, grid.space, strict=True)):
+        raise SceneError(f"the window {window} leaves {name}, which has {grid.space[0]} rows and {grid.space[1]} columns")
+
+
+def _describe(grid: Grid) -> str:
+    pixel = " × ".join(f"{step:.10g}" for step in grid.spacing)
+    return f"CRS {grid.frame or 'none'}, {grid.space[0]}×{grid.space[1]} pixels of {pixel}"

@@ -1,0 +1,137 @@
+"""A band of one lattice brought to another of the same frame, by world position, without mixing in invalid voxels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modalities.grid import Grid, Window
+from modalities.quality import Quality
+from modalities.scene import SceneError
+
+ALIGNED = 0.01
+"""Lattices that agree to within this many pixels over their whole extent are taken as the same lattice."""
+
+COARSEST_STEP = 1.5
+"""Largest step in source pixels per target pixel: beyond it, linear interpolation would skip source pixels."""
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """Where the voxels of one target axis lie on a source axis: source index = `scale` · target index + `offset`.
+
+    Positions are computed from the absolute target index, never from a window's own, so that any window gives the
+    numbers of the whole to the last bit.
+    """
+
+    scale: float
+    offset: float
+    size: int
+
+    def positions(self, part: slice) -> NDArray[np.float64]:
+        """Source positions of the target indices in `part`; whole numbers are centres of source voxels."""
+        return self.scale * np.arange(part.start, part.stop, dtype=np.float64) + self.offset
+
+    def neighbours(self, part: slice) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+        """Lower and upper source voxel of each target index and the share of the upper one, held at the source's edge."""
+        position = np.clip(self.positions(part), 0, self.size - 1)
+        lower = np.floor(position).astype(np.intp)
+        upper_share = position - lower
+        return lower, lower + (upper_share > 0), upper_share
+
+    def needed(self, part: slice) -> slice:
+        """The source indices that the target indices in `part` are computed from."""
+        lower, upper, _ = self.neighbours(part)
+        return slice(int(lower.min()), int(upper.max()) + 1)
+
+    def inside(self, part: slice) -> NDArray[np.bool_]:
+        """True where the centre of the target voxel lies on a source voxel."""
+        position = self.positions(part)
+        return (position >= -0.5 - ALIGNED) & (position <= self.size - 0.5 + ALIGNED)
+
+
+def is_placed(grid: Grid) -> bool:
+    """True when a raster's grid says where it lies, false when its coordinates are mere pixel numbers."""
+    corner = np.array([[0.0, 1.0, 0.5], [1.0, 0.0, 0.5], [0.0, 0.0, 1.0]])
+    return bool(grid.frame) or grid.matrix.shape != corner.shape or not np.array_equal(grid.matrix, corner)
+
+
+def relate(target: Grid, source: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Matrix and offset that turn indices of `target` into indices of `source`; frames are not compared.
+
+    The offset comes from the difference of the origins, which keeps its digits where eastings and northings have seven.
+    """
+    inverse = np.linalg.inv(source.matrix[:-1, :-1])
+    return inverse @ target.matrix[:-1, :-1], inverse @ (target.matrix[:-1, -1] - source.matrix[:-1, -1])
+
+
+def align(target: Grid, source: Grid) -> tuple[AxisMap, ...]:
+    """One map per axis from `target` to `source`; the frames are compared by the caller.
+
+    Raises:
+        SceneError: The lattices are turned against each other, the source is finer along an axis, the two do not
+            overlap, or neither has a place and their sizes differ. The message names no file.
+    """
+    if not is_placed(target) and not is_placed(source) and target.space != source.space:
+        raise SceneError(
+            f"its size {source.space} differs from the other bands' {target.space} and none has a georeference to relate them by; "
+            "give the files a CRS and an affine"
+        )
+    linear, offset = relate(target, source)
+    turned = np.abs(linear - np.diag(np.diag(linear))) * np.array(target.space)
+    if (turned > ALIGNED).any():
+        raise SceneError("its lattice is turned or sheared against the other bands'; warp it to their grid")
+    axes = tuple(_axis(float(linear[i, i]), float(offset[i]), target.space[i], source.space[i]) for i in range(len(target.space)))
+    if any(abs(axis.scale) > COARSEST_STEP for axis in axes):
+        steps = " × ".join(f"{abs(axis.scale):g}" for axis in axes)
+        raise SceneError(
+            f"its pixels are smaller than those of the scene's finest band ({steps} of them per pixel); average it to that grid"
+        )
+    if not all(axis.inside(slice(0, n)).any() for axis, n in zip(axes, target.space, strict=True)):
+        raise SceneError("it does not overlap the other bands of the scene")
+    return axes
+
+
+def _axis(scale: float, offset: float, target_size: int, size: int) -> AxisMap:
+    same = abs(scale - 1) * target_size <= ALIGNED and abs(offset - round(offset)) <= ALIGNED
+    return AxisMap(1.0, float(round(offset)), size) if same else AxisMap(round(scale, 9), round(offset, 6), size)
+
+
+def bilinear(
+    values: NDArray[np.generic], flags: NDArray[np.uint8], axes: tuple[AxisMap, AxisMap], window: Window
+) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+    """Values in their own dtype and flags, `(row, column)`, of the target's `window`.
+
+    A source voxel with any flag has no weight. A target voxel takes the flags of the source voxel it lies on, and
+    `OUTSIDE` where there is none; under any flag its value is zero unless the lattices coincide. Integers are rounded.
+
+    Args:
+        values: `(row, column)` of the source window `tuple(axis.needed(part) for axis, part in zip(axes, window))`.
+        flags: Quality of the same window.
+        axes: Rows and columns of the target on the source, from `align`.
+        window: Of the target.
+    """
+    (low_row, high_row, row_share), (low_col, high_col, col_share) = (a.neighbours(p) for a, p in zip(axes, window, strict=True))
+    row_start, col_start = (axis.needed(part).start for axis, part in zip(axes, window, strict=True))
+    nearest_row = low_row + (row_share > 0.5) - row_start
+    nearest_col = low_col + (col_share > 0.5) - col_start
+    nearest = np.ix_(nearest_row, nearest_col)
+    outside = ~np.logical_and.outer(axes[0].inside(window[0]), axes[1].inside(window[1]))
+    new_flags = np.where(outside, np.uint8(Quality.OUTSIDE), flags[nearest])
+    if not row_share.any() and not col_share.any():
+        return values[nearest], new_flags
+    narrow = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
+    work = np.dtype(np.float32 if narrow else np.float64)
+    weight = (flags == 0).astype(work)
+    total = np.where(flags == 0, values, 0).astype(work)
+    for axis, low, high, share in (
+        (0, low_row - row_start, high_row - row_start, row_share),
+        (1, low_col - col_start, high_col - col_start, col_share),
+    ):
+        upper = np.expand_dims(share.astype(work), 1 - axis)
+        total = total.take(low, axis) * (1 - upper) + total.take(high, axis) * upper
+        weight = weight.take(low, axis) * (1 - upper) + weight.take(high, axis) * upper
+    mean = np.where(new_flags == 0, total / np.where(weight > 0, weight, 1), 0)
+    return (np.rint(mean) if values.dtype.kind in "iu" else mean).astype(values.dtype), new_flags

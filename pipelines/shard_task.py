@@ -1,0 +1,233 @@
+"""What one dask task does: reads the tiles of one shard, judges and measures them, writes the shard and its record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mae_core.store import sha256_of
+from mae_core.store_writer import ShardWriter, StoreLayout, encode_json, write_file
+from modalities.grid import Window
+from modalities.quality import NO_VALUE, Quality
+from modalities.scene import LabelMap, Scene, SceneError
+from pipelines.tiling_plan import PlannedTile, tile_grid
+
+TOO_LITTLE = "too little valid data"
+NO_LABEL = "no label"
+READ_BYTES = 256 << 20
+"""Tiles of a scene that lie in one box of pixels up to this size are read at once: a compressed volume is then opened once."""
+
+Reader = Callable[[Window], tuple[NDArray[np.generic], NDArray[np.uint8]]]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that is needed to write one shard, on any machine that sees the files and the store's folder.
+
+    Attributes:
+        store: Folder of the store.
+        layout: Of the arrays.
+        plan: Digest of the plan, kept in the record.
+        shard: Which shard.
+        tiles: Candidate tiles of the shard, by rising id.
+        scenes, labels: Those that the tiles are of, by position in the plan; a scene may have no labels.
+        min_valid_fraction: A tile with a smaller share of counted voxels is thrown away.
+    """
+
+    store: Path
+    layout: StoreLayout
+    plan: str
+    shard: int
+    tiles: tuple[PlannedTile, ...]
+    scenes: Mapping[int, Scene]
+    labels: Mapping[int, LabelMap]
+    min_valid_fraction: float
+
+
+@dataclass(frozen=True)
+class _Refused(Exception):  # noqa: N818 - not an error: a tile that is thrown away on purpose
+    reason: str
+
+
+def run_task(task: ShardTask) -> Record:
+    """Writes the shard and then its record, and gives the record.
+
+    The record has `rows` (columns of the index plus `moments` and `classes`), `discarded` (tiles by reason), `failed` (tile, scene and
+    reason where a scene could not be read) and `files` (bytes and sha256).
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
+    """
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    discarded: Counter[str] = Counter()
+    with ShardWriter(task.store, task.layout, task.shard) as writer:
+        for number, group in groupby(task.tiles, key=lambda tile: tile.scene):
+            tiles = list(group)
+            read = _reader(task.scenes[number], tiles)
+            for tile in tiles:
+                try:
+                    rows.append(_write_tile(task, tile, read, writer))
+                except _Refused as refused:
+                    discarded[refused.reason] += 1
+                except SceneError as error:
+                    failed.append({"tile": tile.tile, "scene": task.scenes[number].name, "reason": str(error)})
+    record: Record = {
+        "plan": task.plan,
+        "shard": task.shard,
+        "rows": rows,
+        "failed": failed,
+        "discarded": dict(discarded),
+        "files": writer.files,
+    }
+    write_file(record_path(task.store, task.shard), encode_json(record))
+    return record
+
+
+def record_path(store: Path, shard: int) -> Path:
+    """Where the record of a finished shard lies while the store is being prepared."""
+    return store / "progress" / f"shard-{shard:05d}.json"
+
+
+def finished_record(store: Path, shard: int, plan: str) -> Record | None:
+    """The record of a shard that was finished under this plan, whose files are still as recorded and which no scene failed."""
+    try:
+        record: Record = json.loads(record_path(store, shard).read_bytes())
+        whole = record["plan"] == plan and not record["failed"]
+        same = whole and all(sha256_of(store / name) == entry["sha256"] for name, entry in record["files"].items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if same else None
+
+
+def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: float, offset: float) -> tuple[int, float, float, Any, Any]:
+    """Count, mean, sum of squared distances from it, min and max of the physical value of one channel where `counted`."""
+    values = pixels[counted].astype(np.float64)
+    if not values.size:
+        return 0, 0.0, 0.0, None, None
+    mean = float(values.mean())
+    ends = sorted((float(values.min()) * scale + offset, float(values.max()) * scale + offset))
+    return values.size, mean * scale + offset, float(np.square(values - mean).sum()) * scale**2, *ends
+
+
+def _write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: ShardWriter) -> dict[str, Any]:
+    """Writes a tile and gives its row; refuses one that holds too little."""
+    scene, layout = task.scenes[planned.scene], task.layout
+    given, quality = read(planned.window)
+    labels, ignore = None, 255
+    if layout.has_labels:
+        labels = np.full(planned.extent, -1, np.int16)
+        if planned.scene in task.labels:
+            labels = _class_numbers(task.labels[planned.scene], planned.window, scene.name)
+            ignore = NO_VALUE
+    fraction = float(np.count_nonzero((quality & ignore) == 0)) / prod(planned.extent)
+    if fraction < task.min_valid_fraction:
+        raise _Refused(TOO_LITTLE)
+    if planned.scene in task.labels and labels is not None and not (labels >= 0).any():
+        raise _Refused(NO_LABEL)
+    row = _row(scene, planned, layout) | {"valid_fraction": fraction, "classes": _classes(labels)}
+    pixels = np.zeros((len(layout.channels), *planned.extent), layout.dtype)
+    for place, channel in enumerate(scene.channels):
+        pixels[layout.channels.index(channel.name)] = given[place]
+    row["moments"] = _moments(pixels, quality, planned, row)
+    padding = [(0, side - size) for side, size in zip(layout.tile, planned.extent, strict=True)]
+    writer.add(
+        planned.tile,
+        np.pad(pixels, [(0, 0), *padding]),
+        np.pad(quality, padding, constant_values=int(Quality.PADDING)),
+        None if labels is None else np.pad(labels, padding, constant_values=-1),
+    )
+    return row
+
+
+def _row(scene: Scene, planned: PlannedTile, layout: StoreLayout) -> dict[str, Any]:
+    by_name = {channel.name: channel for channel in scene.channels}
+    grid = tile_grid(scene, planned)
+    return {
+        "tile": planned.tile,
+        "scene": scene.name,
+        "origin": list(planned.origin),
+        "extent": list(planned.extent),
+        "owned": list(planned.owned),
+        "affine": [float(value) for value in grid.matrix.ravel()],
+        "frame": grid.frame,
+        "unit": grid.unit,
+        "present": [name in by_name for name in layout.channels],
+        "scale": [by_name[name].scale if name in by_name else 1.0 for name in layout.channels],
+        "offset": [by_name[name].offset if name in by_name else 0.0 for name in layout.channels],
+    }
+
+
+def _moments(
+    pixels: NDArray[np.generic], quality: NDArray[np.uint8], planned: PlannedTile, row: Mapping[str, Any]
+) -> dict[str, list[float | None]]:
+    """Per channel, over the owned voxels that count; a channel that the scene does not have counts nothing."""
+    owned = tuple(slice(0, size) for size in planned.owned)
+    counted = quality[owned] == 0
+    columns = []
+    for plane, scale, offset, present in zip(pixels, row["scale"], row["offset"], row["present"], strict=True):
+        columns.append(measure(plane[owned], counted & present, scale, offset))
+        if not np.isfinite(columns[-1][2]):
+            raise SceneError(f"scene {row['scene']} gives values that are not finite where quality is 0, in {planned.window}")
+    return {name: list(column) for name, column in zip(("count", "mean", "m2", "min", "max"), zip(*columns, strict=True), strict=True)}
+
+
+def _classes(labels: NDArray[np.int16] | None) -> list[int]:
+    return [] if labels is None else [int(value) for value in np.unique(labels) if value >= 0]
+
+
+def _class_numbers(labels: LabelMap, window: Window, scene: str) -> NDArray[np.int16]:
+    numbers = labels.read(window)
+    if numbers.min() < -1 or numbers.max() > np.iinfo(np.int16).max:
+        raise SceneError(f"labels of {scene} run from {numbers.min()} to {numbers.max()}; class numbers are 0 to 32767, -1 for none")
+    return numbers.astype(np.int16)
+
+
+def _reader(scene: Scene, tiles: list[PlannedTile]) -> Reader:
+    """Reads windows of a scene: from one box read ahead where that is small and mostly used, else one by one."""
+    low = np.min([tile.origin for tile in tiles], axis=0)
+    high = np.max([np.add(tile.origin, tile.extent) for tile in tiles], axis=0)
+    voxels = prod(int(size) for size in high - low)
+    small = voxels * len(scene.channels) * scene.dtype.itemsize <= READ_BYTES
+    if len(tiles) < 2 or not small or voxels > 2 * sum(prod(tile.extent) for tile in tiles):
+        return scene.read
+    try:
+        pixels, quality = scene.read(tuple(slice(int(start), int(stop)) for start, stop in zip(low, high, strict=True)))
+    except SceneError:
+        return scene.read
+
+    def cut(window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+        inside = tuple(slice(part.start - int(start), part.stop - int(start)) for part, start in zip(window, low, strict=True))
+        return pixels[(slice(None), *inside)], quality[inside]
+
+    return cut
+
+
+def shard_tasks(
+    template: ShardTask, tiles: list[PlannedTile], scenes: tuple[Scene, ...], labels: Mapping[int, LabelMap]
+) -> Iterator[ShardTask]:
+    """One task per shard, each with the scenes that its tiles are of and no others."""
+    size = template.layout.tiles_per_shard
+    for shard in range(template.layout.num_shards):
+        ours = tuple(tiles[shard * size : (shard + 1) * size])
+        numbers = sorted({tile.scene for tile in ours})
+        yield ShardTask(
+            template.store,
+            template.layout,
+            template.plan,
+            shard,
+            ours,
+            {number: scenes[number] for number in numbers},
+            {number: labels[number] for number in numbers if number in labels},
+            template.min_valid_fraction,
+        )

@@ -1,0 +1,78 @@
+"""`terravox VERB ...` is the same as `python pipelines/VERB.py ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+
+VERBS = (
+    ("prepare", "files to a tile store: what training reads"),
+    ("pretrain", "tile store to a pretrained encoder"),
+    ("pretrain_sentinel", "folder of Sentinel-2 products to tiles, encoder and registry in one command"),
+    ("pretrain_mri", "folder of MRI volumes to tiles, encoder and registry in one command"),
+    ("finetune_segmentation", "encoder and labels to a segmenter"),
+    ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
+    ("demo", "the whole line on a small sample, on any machine"),
+)
+"""Every verb with what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the verb that the first argument names; 2 if it names none."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    match words[:1]:
+        case [] | ["--help" | "-h" | "help"]:
+            print(help_text())
+            return 0 if words else 2
+        case ["--version"]:
+            print(f"terravox {_version()}")
+            return 0
+    names = [name for name, _ in VERBS]
+    if words[0] not in names:
+        near = get_close_matches(words[0].replace("-", "_"), names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(names)}"
+        print(f"terravox: unknown verb {words[0]}; {hint}", file=sys.stderr)
+        return 2
+    return verb(words[0])(words[1:])
+
+
+def verb(name: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a verb, imported only now, so that the others cost nothing."""
+    match name:
+        case "prepare":
+            from pipelines.prepare import main as chosen
+        case "pretrain":
+            from pipelines.pretrain import main as chosen
+        case "pretrain_sentinel":
+            from pipelines.pretrain_sentinel import main as chosen
+        case "pretrain_mri":
+            from pipelines.pretrain_mri import main as chosen
+        case "finetune_segmentation":
+            from pipelines.finetune_segmentation import main as chosen
+        case "predict":
+            from pipelines.predict import main as chosen
+        case "demo":
+            from pipelines.demo import main as chosen
+        case _:
+            raise ValueError(f"{name} is no verb; verbs are {', '.join(name for name, _ in VERBS)}")
+    return chosen
+
+
+def help_text() -> str:
+    """What `terravox --help` prints."""
+    width = max(len(name) for name, _ in VERBS) + 2
+    lines = ["usage: terravox VERB [--config FILE]... [KEY=VALUE | --KEY VALUE]...", "       terravox VERB --help", "", "verbs:"]
+    return "\n".join([*lines, *(f"  {name:<{width}}{what}" for name, what in VERBS)])
+
+
+def _version() -> str:
+    try:
+        return version("terravox")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
