@@ -17,6 +17,9 @@ from mae_core.masking import STREAM_CROP, STREAM_FLIP, counter_below, counter_bi
 from mae_core.settings import Settings
 
 
+_SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
 class AugmentSettings(Settings):
     """Geometric augmentation; there is no colour jitter, which the paper finds to hurt."""
 
@@ -132,6 +135,8 @@ class Normaliser:
         return [torch.stack([self._turned(item, number, augment) for item, number in zip(array, bits, strict=True)]) for array in arrays]
 
     def _turned(self, item: Tensor, bits: int, augment: AugmentSettings) -> Tensor:
+        if item.dtype in _SAME_SIZE:  # torch turns no unsigned integers but uint8; moving needs their bits only
+            return self._turned(item.view(_SAME_SIZE[item.dtype]), bits, augment).view(item.dtype)
         axes = [1 + axis for axis in range(len(self.crop)) if augment.flips and bits >> axis & 1]
         flipped = item.flip(axes) if axes else item
         square = len(self.crop) > 1 and self.crop[-1] == self.crop[-2]

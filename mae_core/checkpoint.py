@@ -50,7 +50,8 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
     final = folder / f"step-{state.step:08d}"
     aside = folder / f"step-{state.step:08d}.tmp"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(_weights(state.model), aside / "model.safetensors")
         save_file(_optimiser_tensors(state), aside / "optimiser.safetensors")
@@ -69,7 +70,9 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
             f"checkpoint of step {state.step} could not be written to {folder}: {error}; "
             f"earlier checkpoints are intact, {advice} and run again"
         ) from error
-    for old in steps(folder)[:-keep]:
+    found = steps(folder)
+    count = found.index(final) + 1
+    for old in (*found[: max(0, count - keep)], *found[count:]):  # later ones are damaged: the run went on from before them
         shutil.rmtree(old)
     return final
 
@@ -127,6 +130,8 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())
+        if not entries:
+            return f"{MANIFEST} lists nothing"
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
@@ -137,7 +142,7 @@ def verify(folder: Path) -> str | None:
                 return f"{name} fails its SHA-256"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
 

@@ -124,12 +124,13 @@ def trivial_errors(
     seen = make_target(take(patchify(batch.pixels, patch), plan.visible), counted, settings.target)
     near = _closeness(grid, plan)
     errors = []
-    for weights in (torch.ones_like(near), near):
-        total = torch.einsum("bhv,bvcp->bhcp", weights, torch.where(seen.counted, seen.values, 0.0))
-        share = torch.einsum("bhv,bvcp->bhcp", weights, seen.counted.to(weights.dtype))
-        guess = total / share.clamp(min=1e-12)
-        wrong = torch.where(output.target.counted, guess - output.target.values, 0.0).square()
-        errors.append(wrong.sum(dim=(1, 3)))
+    with torch.autocast(near.device.type, enabled=False):
+        for weights in (torch.ones_like(near), near):
+            total = torch.einsum("bhv,bvcp->bhcp", weights, torch.where(seen.counted, seen.values, 0.0))
+            share = torch.einsum("bhv,bvcp->bhcp", weights, seen.counted.to(weights.dtype))
+            guess = total / share.clamp(min=1e-12)
+            wrong = torch.where(output.target.counted, guess - output.target.values, 0.0).square()
+            errors.append(wrong.sum(dim=(1, 3)))
     return errors[0], errors[1]
 
 
@@ -147,8 +148,11 @@ def make_panel(index: int, batch: Batch, plan: HidingPlan, output: MaeOutput, pa
     guess = (output.predicted[index] * target.std[index] + target.mean[index])[used].to(patches.dtype)
     filled[0, ids] = guess
     error[0, ids] = torch.where(target.counted[index][used], (guess - patches[0, ids]).abs(), torch.nan)
-    images = [unpatchify(part, grid, patch)[0].cpu().numpy() for part in (patches, shown, filled, error)]
-    return Panel(*images, channels=channels)
+
+    def image(tokens: Tensor) -> NDArray[np.float32]:
+        return np.asarray(unpatchify(tokens, grid, patch)[0].cpu())
+
+    return Panel(image(patches), image(shown), image(filled), image(error), channels)
 
 
 def _closeness(grid: Sequence[int], plan: HidingPlan) -> Float[Tensor, "batch hidden visible"]:

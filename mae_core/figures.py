@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from mae_core.evaluate import Panel
@@ -54,12 +56,15 @@ def _error(place: object, error: NDArray[np.float32]) -> None:
 
 def render(figure: Figure) -> NDArray[np.uint8]:
     """A figure as an RGB array."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with mpl.rc_context({"svg.hashsalt": "terravox"}):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
+    """Write a picture as PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imsave(path, picture)
 
 
 def _channels(panel: Panel) -> list[int]:

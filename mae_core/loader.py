@@ -30,6 +30,10 @@ class LoaderSettings(Settings):
     prefetch: int = Field(4, ge=1, description="Micro-batches that are read ahead")
 
 
+class LoaderError(ValueError):
+    """The loader's settings do not fit the processes or the store; the message names the setting."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """The endless stream of samples of a run.
@@ -48,15 +52,15 @@ class Stream:
     def __post_init__(self) -> None:
         share, left = divmod(self.settings.global_batch_size, self.parallel.world)
         if left:
-            raise ValueError(
+            raise LoaderError(
                 f"loader.global_batch_size={self.settings.global_batch_size} cannot be divided among {self.parallel.world} processes"
             )
         if share % (self.settings.micro_batch_size or share):
-            raise ValueError(
+            raise LoaderError(
                 f"loader.micro_batch_size={self.settings.micro_batch_size} does not divide a process's share of {share} samples"
             )
         if not len(self.rows):
-            raise ValueError("there is no tile to train on")
+            raise LoaderError("there is no tile to train on")
 
     @property
     def micro_batches(self) -> int:

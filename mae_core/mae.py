@@ -98,8 +98,8 @@ class Decoder(nn.Module):
         tokens, used = prepend(features[:, :1], tokens, used)
         for block in self.blocks:
             tokens = block(tokens, used)
-        predicted: Tensor = self.head(self.norm(tokens[:, -plan.hidden.shape[1] :]))
-        return predicted.unflatten(-1, self.shape)
+        predicted: Tensor = self.head(self.norm(tokens[:, 1 + plan.visible.shape[1] :]))
+        return predicted.reshape(*predicted.shape[:2], *self.shape)
 
 
 class MaskedAutoencoder(nn.Module):

@@ -83,7 +83,7 @@ def hide(valid: Bool[Tensor, "batch length"], settings: RandomHiding, seed: int,
 
 
 def plan_from_hidden(hidden: Bool[Tensor, "batch length"], valid: Bool[Tensor, "batch length"] | None = None) -> HidingPlan:
-    """The plan of a hidden set that is handed in; every sample must hide the same number of valid tokens."""
+    """The plan of a hidden set that is handed in, with as many slots as the sample that needs most."""
     valid = torch.ones_like(hidden) if valid is None else valid
     shown = (~hidden & valid).sum(dim=1)
     missing = (hidden & valid).sum(dim=1)

@@ -25,6 +25,17 @@ def token_grid(space: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
     return tuple(size // part for size, part in zip(space, patch, strict=True))
 
 
+def per_axis(sizes: Sequence[int], axes: int, key: str) -> tuple[int, ...]:
+    """One size per axis; a single one serves every axis.
+
+    Raises:
+        ValueError: There are several, but not one per axis; the message names the setting `key`.
+    """
+    if len(sizes) not in (1, axes):
+        raise ValueError(f"{key}={list(sizes)} gives {len(sizes)} sizes and the data have {axes} axes; give one size or {axes}")
+    return tuple(sizes) * axes if len(sizes) == 1 else tuple(sizes)
+
+
 def patchify(array: Tensor, patch: Sequence[int]) -> Tensor:
     """Tokens `(batch, token, channel, voxel)` of `(batch, channel, *space)`.
 

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class DeviceError(ValueError):
+    """The device that was asked for is not there."""
+
+
 @dataclass(frozen=True)
 class Parallel:
     """This process among all: its rank, how many there are and the device that it computes on."""
@@ -41,6 +45,10 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so on one process at least; every process gets the same answer."""
+        return bool(self.sum(torch.tensor(float(value), device=self.device)) > 0)
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.world > 1:
@@ -66,7 +74,7 @@ def processes(device: str, timeout_s: int = 600) -> Iterator[Parallel]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for and torch sees no GPU; use device=auto or device=cpu")
+        raise DeviceError("device cuda was asked for and torch sees no GPU; use device=auto or device=cpu")
     place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.augment import Batch, Normaliser, RawBatch
-from mae_core.export import Description
+from mae_core.augment import Batch, Normaliser, RawBatch, Sample, normalise
+from mae_core.export import Description, ModelError
 from mae_core.heads import Segmenter
-from mae_core.loader import fixed_batches
+from mae_core.loader import fixed_batches, read_rows
 from mae_core.parallel import Parallel
 from mae_core.store import TileStore
+from mae_core.tiling import blended
 from mae_core.train import Loss
 
 IGNORE = -1
@@ -31,6 +34,7 @@ class Segmentation:
     Attributes:
         values: Class numbers in the store's labels, in the order of the scores; others are ignored.
         names: Their names.
+        columns: The store's channels in the model's order, as `columns_of` gives them.
         normaliser: Makes training batches.
         store: Where held-out tiles are read.
         held_out: Rows that are evaluated.
@@ -40,6 +44,7 @@ class Segmentation:
 
     values: tuple[int, ...]
     names: tuple[str, ...]
+    columns: tuple[int, ...]
     normaliser: Normaliser
     store: TileStore
     held_out: NDArray[np.int64]
@@ -49,8 +54,8 @@ class Segmentation:
     def loss(self, model: nn.Module, raw: RawBatch) -> Loss:
         """Dice + cross-entropy per sample, over voxels that have a value and a label."""
         batch = self.normaliser(raw, self.parallel.device)
-        scores = model(batch.pixels, self._has_value(batch))
-        sums, counted = dice_cross_entropy(scores.float(), self._classes(batch))
+        scores = model(arrange(batch.pixels, self.columns), self.has_value(batch))
+        sums, counted = dice_cross_entropy(scores.float(), self.classes(batch))
         return Loss(sums.sum(), counted.sum(), sums.detach(), batch.sample.tile, float(len(sums)))
 
     def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
@@ -62,17 +67,19 @@ class Segmentation:
         plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, 0, None)
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
-            guess = model(batch.pixels, self._has_value(batch)).argmax(dim=1)
-            total += confusion(guess, self._classes(batch), size).cpu()
+            guess = model(arrange(batch.pixels, self.columns), self.has_value(batch)).argmax(dim=1)
+            total += confusion(guess, self.classes(batch), size).cpu()
         total = self.parallel.sum(total.to(self.parallel.device)).cpu()
         yield from (("val_crops/" + name, value) for name, value in measures(total, self.names))
 
-    def _has_value(self, batch: Batch) -> Tensor:
+    def has_value(self, batch: Batch) -> Tensor:
+        """Voxels of a batch that hold a value, `(batch, *space)`."""
         return (batch.quality & self.normaliser.no_value) == 0
 
-    def _classes(self, batch: Batch) -> Tensor:
+    def classes(self, batch: Batch) -> Tensor:
+        """Class indices of a batch, `(batch, *space)`; `IGNORE` where there is no value or no label."""
         assert batch.labels is not None
-        return torch.where(self._has_value(batch), class_indices(batch.labels, self.values), IGNORE)
+        return torch.where(self.has_value(batch), class_indices(batch.labels, self.values), IGNORE)
 
 
 def class_indices(labels: Int[Tensor, "*shape"], values: Sequence[int]) -> Int[Tensor, "*shape"]:
@@ -140,11 +147,104 @@ def layer_number(name: str, depth: int) -> int:
     return depth + 1
 
 
-def predict_classes(
-    model: Segmenter, description: Description, pixels: Float[Tensor, "channel *space"], has_value: Tensor
+def arrange(pixels: Float[Tensor, "batch channel *space"], columns: Sequence[int]) -> Float[Tensor, "batch ordered *space"]:
+    """Channels in a model's order: column `i` of the result is `pixels[:, columns[i]]`, or zero where that is -1."""
+    if tuple(columns) == tuple(range(pixels.shape[1])):
+        return pixels
+    empty = torch.zeros_like(pixels[:, 0])
+    return torch.stack([pixels[:, column] if column >= 0 else empty for column in columns], dim=1)
+
+
+def columns_of(wanted: Sequence[str], have: Sequence[str]) -> tuple[int, ...]:
+    """Where each wanted channel stands among those at hand; -1 for one that is missing.
+
+    Raises:
+        ModelError: None of them is there.
+    """
+    if not set(wanted) & set(have):
+        raise ModelError(
+            f"the data have channels {list(have)} and the model knows {list(wanted)}: none in common; name them alike in reader settings"
+        )
+    return tuple(list(have).index(name) if name in have else -1 for name in wanted)
+
+
+def probabilities(
+    model: Segmenter, crop: Sequence[int], overlap: float, pixels: Float[Tensor, "channel *space"], has_value: Bool[Tensor, "*space"]
 ) -> Float[Tensor, "class *space"]:
-    """Class probabilities of one crop in normalised units; a crop smaller than the model's is padded without value."""
-    short = [want - have for want, have in zip(description.crop, pixels.shape[1:], strict=True)]
-    padding = [amount for extra in reversed(short) for amount in (0, max(0, extra))]
-    fed, known = F.pad(pixels, padding)[None], F.pad(has_value, padding)[None]
-    return model(fed, known)[0].float().softmax(dim=0)
+    """Class probabilities of an array of any size in normalised units, from blended crops; what a crop lacks is padded without value."""
+
+    def predict(window: tuple[slice, ...]) -> Tensor:
+        part, known = pixels[(slice(None), *window)], has_value[window]
+        missing = [want - have for want, have in zip(crop, known.shape, strict=True)]
+        padding = [amount for extra in reversed(missing) for amount in (0, extra)]
+        scores: Tensor = model(F.pad(part, padding)[None], F.pad(known, padding)[None])[0].float()
+        return scores.softmax(dim=0).cpu()
+
+    return blended(has_value.shape, crop, overlap, predict)
+
+
+@torch.inference_mode()
+def confusion_by_scene(task: Segmentation, model: Segmenter, overlap: float) -> dict[str, Int[Tensor, "class class"]]:
+    """Confusion of every held-out scene (or part of one): whole tiles predicted from blended crops, each voxel counted once."""
+    store, size = task.store, len(task.values)
+    whole = dataclasses.replace(task.normaliser, crop=store.space, augment=None)
+    totals: dict[str, Tensor] = {}
+    for row in task.held_out:
+        batch = whole(read_rows(store, np.asarray([row]), _unnamed()), task.parallel.device)
+        pixels, has_value = arrange(batch.pixels, task.columns)[0], task.has_value(batch)[0]
+        guess = probabilities(model, task.normaliser.crop, overlap, pixels, has_value).argmax(dim=0)
+        owned = tuple(slice(0, int(length)) for length in store.index.owned[row])
+        found = confusion(guess[owned], task.classes(batch)[0].cpu()[owned], size)
+        scene = str(store.index.scene[row])
+        totals[scene] = totals.get(scene, torch.zeros_like(found)) + found
+    return totals
+
+
+def _unnamed() -> Sample:
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Sample(zero, zero, zero)
+
+
+Reader = Callable[[tuple[slice, ...]], tuple[NDArray[Any], NDArray[np.uint8]]]
+"""Pixels `(channel, *space)` as stored and quality flags of a window of a scene."""
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A segmenter with all that is needed to label whole scenes.
+
+    Attributes:
+        model: In evaluation mode.
+        description: How it is fed.
+        overlap: Least share of a crop that neighbouring crops have in common.
+        no_label: Class number written where a scene has no value.
+    """
+
+    model: Segmenter
+    description: Description
+    overlap: float
+    no_label: int
+
+    @torch.inference_mode()
+    def label(
+        self, read: Reader, space: Sequence[int], channels: Sequence[str], scale: Sequence[float], offset: Sequence[float]
+    ) -> NDArray[np.uint8]:
+        """Class numbers `(*space)` of a scene whose stored values become physical by `scale` and `offset` per channel.
+
+        The whole scene and its class probabilities are held in memory.
+
+        Raises:
+            ModelError: The scene has none of the model's channels.
+        """
+        about = self.description
+        columns = columns_of(about.channels, channels)
+        pixels, quality = read(tuple(slice(0, size) for size in space))
+        chosen = torch.from_numpy(np.ascontiguousarray(pixels[[max(column, 0) for column in columns]]))
+        gains = [torch.tensor([[values[max(column, 0)] for column in columns]]) for values in (scale, offset)]
+        fed = normalise(chosen[None], gains[0], gains[1], about.mean, about.std)[0]
+        has_value = torch.from_numpy((quality & about.no_value) == 0)
+        absent = torch.tensor(columns) < 0
+        fed = torch.where(has_value & ~absent.reshape(-1, *(1,) * len(space)), fed, 0.0)
+        best = probabilities(self.model, about.crop, self.overlap, fed, has_value).argmax(dim=0)
+        values = torch.tensor([value for value, _ in about.classes], dtype=torch.uint8)
+        return np.asarray(torch.where(has_value, values[best], self.no_label).to(torch.uint8))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mlflow.models import set_model
 from numpy.typing import NDArray
+from torch import nn
 
 from mae_core.export import DESCRIPTION, Description, load_encoder, load_segmenter
 from mae_core.nd import patchify, token_grid
@@ -27,9 +28,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Load the model folder that was logged as the artifact `model`."""
         folder = Path(context.artifacts["model"])
         self.kind = Description.model_validate_json((folder / DESCRIPTION).read_text()).kind
+        self.model: nn.Module
         self.model, self.description = load_segmenter(folder) if self.kind == "segmenter" else load_encoder(folder)
 
-    def predict(self, context: Any, model_input: NDArray[np.float32], params: dict[str, Any] | None = None) -> NDArray[Any]:
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> NDArray[Any]:
         """Class numbers or features of a batch."""
         del context, params
         pixels = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.float32))
@@ -37,7 +39,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         with torch.inference_mode():
             if self.kind == "segmenter":
                 best = self.model(pixels, torch.ones_like(pixels[:, 0], dtype=torch.bool)).argmax(dim=1)
-                return np.asarray([value for value, _ in self.description.classes])[best.numpy()]
+                values = torch.tensor([value for value, _ in self.description.classes])
+                return np.asarray(values[best])
             patches = patchify(pixels, self.description.encoder.patch)
             ids = torch.arange(patches.shape[1]).expand(len(pixels), -1)
             return np.asarray(self.model(patches, ids, grid)[:, 1:])

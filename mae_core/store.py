@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int16, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int16, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 
 from mae_core.shards import NO_CHUNK, ShardedArray, StoreError, array_from_metadata
@@ -65,20 +65,20 @@ class TileIndex:
         present, scale, offset: `(row, channel)`.
     """
 
-    tile: NDArray[np.int64]
-    scene: NDArray[np.str_]
-    group: NDArray[np.str_]
-    split: NDArray[np.str_]
-    origin: NDArray[np.int64]
-    extent: NDArray[np.int64]
-    owned: NDArray[np.int64]
-    affine: NDArray[np.float64]
-    frame: NDArray[np.str_]
-    unit: NDArray[np.str_]
-    valid_fraction: NDArray[np.float64]
-    present: NDArray[np.bool_]
-    scale: NDArray[np.float64]
-    offset: NDArray[np.float64]
+    tile: Int64[np.ndarray, " row"]
+    scene: Shaped[np.ndarray, " row"]
+    group: Shaped[np.ndarray, " row"]
+    split: Shaped[np.ndarray, " row"]
+    origin: Int64[np.ndarray, " row axis"]
+    extent: Int64[np.ndarray, " row axis"]
+    owned: Int64[np.ndarray, " row axis"]
+    affine: Float64[np.ndarray, " row entry"]
+    frame: Shaped[np.ndarray, " row"]
+    unit: Shaped[np.ndarray, " row"]
+    valid_fraction: Float64[np.ndarray, " row"]
+    present: Bool[np.ndarray, " row channel"]
+    scale: Float64[np.ndarray, " row channel"]
+    offset: Float64[np.ndarray, " row channel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +88,11 @@ class Statistics:
     A channel without any such voxel has count 0, mean 0 and std 1, so that it can be normalised and says nothing.
     """
 
-    count: NDArray[np.int64]
-    mean: NDArray[np.float64]
-    std: NDArray[np.float64]
-    minimum: NDArray[np.float64]
-    maximum: NDArray[np.float64]
+    count: Int64[np.ndarray, " channel"]
+    mean: Float64[np.ndarray, " channel"]
+    std: Float64[np.ndarray, " channel"]
+    minimum: Float64[np.ndarray, " channel"]
+    maximum: Float64[np.ndarray, " channel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +295,7 @@ def _read_index(path: Path, shape: tuple[int, ...]) -> TileIndex:
 
     table = parquet.read_table(path / "index.parquet", use_threads=False)
 
-    def text(name: str) -> NDArray[np.str_]:
+    def text(name: str) -> NDArray[Any]:
         return np.array(table[name].to_pylist(), dtype=np.str_)
 
     def plain(name: str, dtype: type) -> NDArray[Any]:

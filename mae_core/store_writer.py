@@ -78,6 +78,7 @@ class ShardWriter:
     def __init__(self, store: Path, layout: StoreLayout, shard: int) -> None:
         self._store = store
         self._shard = shard
+        self._tiles_per_shard = layout.tiles_per_shard
         self._arrays = layout.arrays
         self._streams: dict[str, IO[bytes]] = {}
         self._digests = {name: hashlib.sha256() for name in self._arrays}
@@ -104,10 +105,11 @@ class ShardWriter:
             array = self._arrays[name]
             if values.shape != array.shape[1:] or values.dtype != np.dtype(array.dtype):
                 raise ValueError(f"{name} of tile {tile} are {values.dtype}{values.shape}, wanted {array.dtype}{array.shape[1:]}")
-            shard, place = divmod(tile, array.tiles_per_shard)
-            if shard != self._shard or self._index[name][place, 0] != NO_CHUNK:
-                raise ValueError(f"tile {tile} is not one of shard {self._shard}, or came twice")
-            frame = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(values, dtype=array.stored_dtype))
+        shard, place = divmod(tile, self._tiles_per_shard)
+        if shard != self._shard or self._index["pixels"][place, 0] != NO_CHUNK:
+            raise ValueError(f"tile {tile} is not one of shard {self._shard}, or came twice")
+        for name, values in given.items():
+            frame = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(values, dtype=self._arrays[name].stored_dtype))
             chunk = frame + crc32c(frame).to_bytes(4, "little")
             self._index[name][place] = self._write(name, chunk), len(chunk)
 

@@ -75,4 +75,5 @@ def _normalised(clean: Tensor, counted: Tensor, settings: NormalisedPixelTarget)
     variance = centred.square().sum(dim=axes, keepdim=True) / (count - 1).clamp(min=1)
     flat = (variance < settings.min_variance) & (count > 0)
     std = (variance + settings.eps).sqrt()
-    return Target(centred / std, counted & ~flat, mean, std, flat.sum())
+    counted = counted & ~flat
+    return Target(torch.where(counted, centred / std, 0.0), counted, mean, std, flat.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ def windows(space: Sequence[int], crop: Sequence[int], overlap: float) -> Iterat
         if size <= length:
             axes.append([slice(0, size)])
             continue
-        stride = max(1, round(length * (1 - overlap)))
+        stride = max(1, math.floor(length * (1 - overlap) + 1e-9))
         count = -(-(size - length) // stride) + 1
         starts = [round(index * (size - length) / (count - 1)) for index in range(count)]
         axes.append([slice(start, start + length) for start in starts])

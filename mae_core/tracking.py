@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import getpass
 import hashlib
+import io
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mae_core.export import Description
-from mae_core.settings import Settings
+from mae_core.settings import Settings, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -75,11 +77,14 @@ class Tracker:
         self.uri = tracking_uri(settings, out)
         self.client = _client(self.uri)
         self.run_id = ""
+        self._told: dict[str, int] = {}
         self._experiment = _experiment(self.client, self.uri, settings.experiment)
 
     @contextmanager
     def run(self, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[Tracker]:
         """The run, new or gone on with: FINISHED at the end, KILLED when interrupted, FAILED on any other exception.
+
+        Inside another tracker's run it is a child of that run.
 
         Raises:
             TrackingError: `run_id` is given and this tracking store does not know it.
@@ -89,16 +94,19 @@ class Tracker:
 
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_system_metrics_sampling_interval(METRIC_INTERVAL_S)
-        hidden = {"mlflow.user": _pseudonym(getpass.getuser()), "mlflow.source.name": tags["source"]}
+        hidden = {"mlflow.user": _pseudonym(), "mlflow.source.name": tags["source"]}
         try:
             started = mlflow.start_run(
                 run_id=run_id,
                 experiment_id=None if run_id else self._experiment,
                 run_name=None if run_id else name,
+                nested=mlflow.active_run() is not None,
                 tags={**tags, **hidden},
-                log_system_metrics=self.settings.system_metrics,
+                log_system_metrics=self.settings.system_metrics and mlflow.active_run() is None,
             )
         except MlflowException as error:
+            if run_id is None:
+                raise TrackingError(f"no run can be begun in {redacted(self.uri)}: {error.message}") from error
             raise TrackingError(
                 f"run {run_id} of the checkpoint cannot be continued in {redacted(self.uri)}: {error.message}; "
                 "set tracking.uri to where it was begun"
@@ -106,6 +114,8 @@ class Tracker:
         self.run_id = started.info.run_id
         if run_id is None:
             self._log_config(config)
+        else:
+            self._told = self._last_steps(started.data.metrics)
         try:
             yield self
         except KeyboardInterrupt:
@@ -118,14 +128,16 @@ class Tracker:
         mlflow.end_run("FINISHED")
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at a step, in one call."""
+        """Log values at a step, in one call; what the run was told before it was killed is not told again."""
         import mlflow
 
-        mlflow.log_metrics({key: float(value) for key, value in values.items()}, step=step, run_id=self.run_id, synchronous=True)
+        new = {key: float(value) for key, value in values.items() if step > self._told.get(key, -1)}
+        if new:
+            mlflow.log_metrics(new, step=step, run_id=self.run_id, synchronous=True)
 
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
         """Log a picture at a step, if pictures are wanted."""
-        if self.settings.images:
+        if self.settings.images and not self._has_image(key, step):
             self.client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -146,6 +158,14 @@ class Tracker:
         source = CodeDatasetSource(tags={"terravox.store_digest": digest, **facts})
         mlflow.log_input(MetaDataset(source, name=name, digest=digest[:36]), context=context)
 
+    def used_model(self, version: Registered) -> None:
+        """Record a registered version as an input of the run."""
+        from mlflow.entities import LoggedModelInput
+
+        if version.model_id:
+            self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id=version.model_id)])
+        self.tags({"parent.model_version": version.uri})
+
     def register(self, folder: Path, description: Description, parent: Registered | None) -> Registered:
         """Log a model folder as a pyfunc model, register it and move the alias `candidate` to the new version.
 
@@ -153,7 +173,6 @@ class Tracker:
         """
         import mlflow
         import torch
-        from mlflow.entities import LoggedModelInput
         from mlflow.models import ModelSignature
         from mlflow.types import Schema, TensorSpec
 
@@ -175,16 +194,27 @@ class Tracker:
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "numpy", "pydantic", "jaxtyping", "safetensors", "monai"],
             code_paths=[str(package)],
             metadata={"channels": list(description.channels), "units": "normalised: (physical - mean) / std", **description.lineage},
-            registered_model_name=name,
             tags={"kind": description.kind, "modality": description.modality},
         )
-        done = Registered(name, int(info.registered_model_version), str(info.model_id))
+        with redirect_stderr(io.StringIO()):  # MLflow prints here past its loggers; what fails is raised
+            version = mlflow.register_model(info.model_uri, name)
+        done = Registered(name, int(version.version), str(info.model_id))
         self.client.set_registered_model_alias(name, "candidate", str(done.version))
         for key, value in description.lineage.items():
             self.client.set_model_version_tag(name, str(done.version), key, value)
         if parent is not None:
-            self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id=parent.model_id)])
+            self.used_model(parent)
         return done
+
+    def _last_steps(self, keys: Iterable[str]) -> dict[str, int]:
+        """Last step of each metric that is logged by step; MLflow counts the system's by itself."""
+        own = [key for key in keys if not key.startswith("system/")]
+        return {key: max(point.step for point in self.client.get_metric_history(self.run_id, key)) for key in own}
+
+    def _has_image(self, key: str, step: int) -> bool:
+        """Whether the run got this picture before it was killed."""
+        start = f"images/{key.replace('/', '~')}+step+{step}+"
+        return bool(self._told) and any(item.path.startswith(start) for item in self.client.list_artifacts(self.run_id, "images"))
 
     def _log_config(self, config: Mapping[str, Any]) -> None:
         flat = {key: str(value)[:6000] for key, value in flatten(config).items()}
@@ -222,17 +252,6 @@ def fetch_model(uri: str, settings: TrackingSettings, out: Path) -> tuple[Path, 
     return folder / "artifacts" / "model", Registered(name, int(found.version), model_id)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def redacted(uri: str) -> str:
     """A URI without user and password."""
     head, _, tail = uri.rpartition("@")
@@ -243,6 +262,8 @@ def _client(uri: str) -> MlflowClient:
     """A client; the schema of a new database is made under a lock, once, before anyone else opens it."""
     from mlflow import MlflowClient
 
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if not uri.startswith("sqlite:///"):
         return MlflowClient(tracking_uri=uri)
     database = Path(uri.removeprefix("sqlite:///"))
@@ -272,5 +293,10 @@ def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _pseudonym(text: str) -> str:
-    return "user-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+def _pseudonym() -> str:
+    """A name that tells users apart and does not name them."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        user = str(os.getuid())
+    return "user-" + hashlib.blake2b(user.encode(), digest_size=4).hexdigest()

@@ -165,7 +165,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def computes_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices faster than fp32 ones."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +32,9 @@ class EncoderSettings(Settings):
     preset: Literal["nano", "tiny", "small", "base", "large", "huge"] = Field(
         "tiny", description="Width, depth and heads of the encoder; base, large and huge as in the paper"
     )
-    patch: tuple[int, ...] = Field((8, 8), min_length=1, max_length=3, description="Voxels of a token per axis")
+    patch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (8,), min_length=1, max_length=3, description="Voxels of a token per axis; one number serves every axis"
+    )
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over the token width")
 
     @property

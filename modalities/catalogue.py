@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -54,7 +55,9 @@ def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings)
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
     found = _files(root)
     folder = root if root.is_dir() else root.parent
-    candidates, ignored = [], []
+    candidates: list[Path] = []
+    ignored: list[Path] = []
+    scenes: Sequence[Scene]
     for file in found:
         relative = file.relative_to(folder).as_posix()
         excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
@@ -62,11 +65,11 @@ def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings)
         (candidates if wanted else ignored).append(file)
     match settings:
         case Sentinel2Settings():
-            scenes, rejected = scan_sentinel2(candidates, folder, settings)
-            scenes = group_by_place(scenes)
+            images, rejected = scan_sentinel2(candidates, folder, settings)
+            scenes = group_by_place(images)
         case RasterSettings():
-            scenes, rejected = scan_rasters(candidates, folder, settings)
-            scenes = group_by_place(scenes)
+            images, rejected = scan_rasters(candidates, folder, settings)
+            scenes = group_by_place(images)
         case MriSettings():
             scenes, rejected = scan_volumes(candidates, folder, settings)
     catalogue = Catalogue(
@@ -85,9 +88,10 @@ def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, 
 
     A label file belongs to a scene when both have the same name up to the first dot (a label's name may go on with
     `_label`, `_labels`, `_seg` or `_mask`); a single file for a whole folder serves every scene that it covers.
+    A label volume serves scans of one patient only: patients in a common space have equal grids, so nothing else would tell.
 
     Raises:
-        SceneError: Nothing matches, or a matching file lies on another grid.
+        SceneError: Nothing matches, a matching file lies on another grid, or a label volume would serve several patients.
     """
     if not labels.exists():
         raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
@@ -102,13 +106,17 @@ def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, 
         by_stem[stem] = file
     pairs: list[tuple[Scene, LabelMap]] = []
     missing: list[Rejected] = []
+    patients: dict[Path, str] = {}
     for scene in catalogue.scenes:
         own = by_stem.get(scene.files[0].name.split(".")[0])
-        file = files[0] if own is None and len(files) == 1 else own
-        if file is None:
+        label = files[0] if own is None and len(files) == 1 else own
+        if label is None:
             missing.append(Rejected(scene.files[0].name, "no label file of the same name"))
             continue
-        pairs.append((scene, scene.open_labels(file)))
+        if scene.label_suffix == ".nii.gz" and patients.setdefault(label, scene.group) != scene.group:
+            other = f"{label} would label scans of several patients, one of them {scene.files[0]}"
+            raise SceneError(f"{other}; name each label file like its image")
+        pairs.append((scene, scene.open_labels(label)))
     if not pairs:
         names = ", ".join(sorted(by_stem)[:3]) or "no label file at all"
         raise SceneError(f"no label in {labels} belongs to a scene of {catalogue.root}: found {names}; name each label file like its image")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -12,7 +14,7 @@ AIR_BORDER_FRACTION = 0.1
 """A dark region is air only if it covers at least this share of the volume's border."""
 
 
-def foreground(values: NDArray[np.generic]) -> NDArray[np.bool_]:
+def foreground(values: NDArray[Any]) -> NDArray[np.bool_]:
     """True where there is a body, False where there is air, for an array of any number of axes.
 
     Air is dark (below `AIR_LEVEL` of the way from the 0.1 to the 99 percentile of finite values), is connected to the
@@ -23,7 +25,7 @@ def foreground(values: NDArray[np.generic]) -> NDArray[np.bool_]:
     """
     finite = np.isfinite(values)
     if not finite.any():
-        return finite
+        return np.asarray(finite)
     known = values[finite]
     low, high = (float(v) for v in np.percentile(known, (0.1, 99.0)))
     if high <= low:
@@ -38,7 +40,7 @@ def foreground(values: NDArray[np.generic]) -> NDArray[np.bool_]:
     return np.asarray(finite & ~is_air[regions], dtype=np.bool_)
 
 
-def robust_mean_std(values: NDArray[np.generic]) -> tuple[float, float]:
+def robust_mean_std(values: NDArray[Any]) -> tuple[float, float]:
     """Mean and standard deviation of finite `values` between their 0.5 and 99.5 percentile; the deviation of a constant is 0."""
     low, high = np.percentile(values, (0.5, 99.5))
     core = values[(values >= low) & (values <= high)].astype(np.float64)
@@ -46,7 +48,7 @@ def robust_mean_std(values: NDArray[np.generic]) -> tuple[float, float]:
     return mean, 0.0 if std <= 1e-7 * abs(mean) else std
 
 
-def num_classes(values: NDArray[np.generic], limit: int = 16) -> int | None:
+def num_classes(values: NDArray[Any], limit: int = 16) -> int | None:
     """Number of distinct values where they are whole and at most `limit`, as in a label map; None for an image.
 
     A few thousand voxels settle it for an image; all of them are looked at only where those leave it open.

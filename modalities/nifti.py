@@ -27,8 +27,8 @@ from modalities.grid import Grid, Window
 from modalities.intensity import foreground, num_classes, robust_mean_std
 from modalities.nifti_file import MAX_SPACING_MM, MIN_SPACING_MM, VolumeHeader, read_header, read_stored, write_like
 from modalities.quality import Quality
-from modalities.spacing import Respacing
 from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+from modalities.spacing import Respacing
 
 T = TypeVar("T")
 _SEQUENCES = {"t1": "T1w", "t1w": "T1w", "t2": "T2w", "t2w": "T2w", "flair": "FLAIR", "pd": "PD", "pdw": "PD"} | {
@@ -160,8 +160,8 @@ class VolumeScene:
                     f"labels of shape {header.space} with affine {header.short} lie on another grid than {self.files[0].name} "
                     f"of shape {self.header.space} with affine {self.header.short}; resample them to the image with nearest neighbour"
                 )
-            labels = VolumeLabels(path, header, self.header, self.respacing)
-            labels.read(tuple(slice(0, 1) for _ in self.grid.space))
+        labels = VolumeLabels(path, header, self.header, self.respacing)
+        labels.read(tuple(slice(0, 1) for _ in self.grid.space))
         return labels
 
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
@@ -180,7 +180,8 @@ class VolumeScene:
         with _about(self.files[0]):
             if read_header(self.files[0]) != self.header:
                 raise SceneError("its header has changed since it was scanned; scan again")
-            write_like(self.files[0], path, self.header.from_canonical(self.respacing.nearest_back(labels)).astype(np.uint8, copy=False))
+        native = self.header.from_canonical(self.respacing.nearest_back(labels))
+        write_like(self.files[0], path, native.astype(np.uint8, copy=False))
 
     def _load(self) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
         stored, finite, body = _canonical(self.files[0], self.header)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +30,11 @@ MAX_SHEAR = 0.02
 MAX_DISAGREEMENT_MM = 1.0
 """A volume whose sform and qform put a corner further apart is flagged; the sform is used."""
 MAX_TRAILING_BYTES = 1 << 20
-MAX_GZIP_RATIO = 1032
-"""Deflate cannot compress further (zlib, technical details)."""
+MAX_GZIP_GAIN = 1032
+"""Bytes that come out of one byte of gzip at most (zlib, technical details)."""
 
-_GEOMETRY = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z")
-_GEOMETRY += ("sform_code", "qform_code", "xyzt_units")
+_QFORM = ("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+_GEOMETRY = (*_QFORM, "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def read_stored(path: Path, header: VolumeHeader) -> NDArray[np.generic]:
     wanted = int(np.prod(header.space, dtype=object)) * dtype.itemsize
     size = path.stat().st_size
     with _stream(path) as (stream, is_gzip):
-        if is_gzip and wanted > size * MAX_GZIP_RATIO:
+        if is_gzip and wanted > size * MAX_GZIP_GAIN:
             raise SceneError(f"the header states {wanted} bytes, which {size} bytes of gzip cannot hold")
         if not is_gzip and header.data_offset + wanted > size:
             raise SceneError(f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again")
@@ -153,7 +154,7 @@ def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
 
 
 def _turn(one: VolumeHeader, other: VolumeHeader) -> NDArray[np.float64]:
-    """Axes of one, each with its place among those of the other and its sign, as nibabel has it; from the axes of one to those of the other; unlike two ways to RAS+ it is sure for oblique ones too."""
+    """Place and sign that each axis of `one` has among those of `other`, as a table of nibabel; sure for oblique ones too."""
     return np.asarray(io_orientation(np.linalg.inv(other.grid.matrix) @ one.grid.matrix))
 
 
@@ -167,8 +168,8 @@ def _unpack_header(path: Path) -> Any:
     with _stream(path) as (stream, _):
         block = stream.read(540)
     for size, kind in ((348, nib.Nifti1Header), (540, nib.Nifti2Header)):
-        for order, code in (("little", "<"), ("big", ">")):
-            if len(block) >= size and block[:4] == size.to_bytes(4, order):
+        for code in "<>":
+            if len(block) >= size and block[:4] == struct.pack(f"{code}i", size):
                 raw = kind(block[:size], endianness=code, check=False)
                 magic = bytes(raw["magic"])
                 if magic.startswith((b"ni1", b"ni2")):
@@ -192,7 +193,9 @@ def _understand(raw: Any) -> VolumeHeader:
         dtype = raw.get_data_dtype()
         affine = np.asarray(raw.get_best_affine(), dtype=np.float64)
         codes = int(raw["sform_code"]), int(raw["qform_code"])
-        disagree = min(codes) > 0 and _distance(affine, raw.get_qform(), shape[:3]) > MAX_DISAGREEMENT_MM
+        disagree = all(codes) and _distance(affine, raw.get_qform(), shape[:3]) > MAX_DISAGREEMENT_MM
+    except KeyError as error:
+        raise SceneError(f"the header is damaged: no voxel type has the number {error}") from error
     except (HeaderDataError, ValueError) as error:
         raise SceneError(f"the header is damaged: {error}") from error
     if dtype.kind not in "iuf":
@@ -204,7 +207,7 @@ def _understand(raw: Any) -> VolumeHeader:
     offset = float(raw["vox_offset"])
     if not (np.isfinite([slope, intercept, offset]).all() and 0 <= offset <= 1 << 26):
         raise SceneError(f"the header is damaged: slope {slope}, intercept {intercept}, data at byte {offset}")
-    flags = ["orientation_unknown"] * (max(codes) <= 0) + ["sform_qform_disagree"] * disagree
+    flags = ["orientation_unknown"] * (not any(codes)) + ["sform_qform_disagree"] * disagree
     rows = tuple(tuple(float(v) for v in row) for row in affine)
     return VolumeHeader(tuple(shape[:3]), rows, dtype.str, slope, intercept, max(int(offset), raw.single_vox_offset), tuple(flags))
 
@@ -231,7 +234,7 @@ def _distance(one: NDArray[np.float64], other: NDArray[np.float64], shape: Seque
 
 
 @contextmanager
-def _stream(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+def _stream(path: Path) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, bool]]:
     """The uncompressed bytes of a file, and whether they come out of gzip; told by its content, not by its name."""
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"

@@ -126,23 +126,22 @@ class RasterScene:
                 with np.errstate(over="ignore"):
                     pixels[place] = new_values
                 if pixels.dtype.kind == "f":
-                    new_flags |= np.where(np.isfinite(pixels[place]) | (new_flags > 0), 0, Quality.NOT_FINITE).astype(np.uint8)
+                    new_flags |= np.where(np.isfinite(pixels[place]) | (new_flags > 0), np.uint8(0), np.uint8(Quality.NOT_FINITE))
                 quality |= new_flags
         return pixels, quality
 
     def open_labels(self, path: Path) -> RasterLabels:
         """The class numbers in a single-band raster on this scene's lattice; it may reach further than the scene, or less far."""
         try:
-            header = inspect(path, path.name)
+            header = inspect(path, path.name, colour_table=True)
         except SceneError as error:
             raise SceneError(f"the labels {path} cannot be used: {error}") from error
         grid = header.grid
-        same_frame = same_frame(self.grid.frame, grid.frame)
         linear, offset = relate(self.grid, grid)
         whole = np.round(offset)
         drift = (np.abs(linear - np.eye(2)) * np.array(self.grid.space)).max()
         unplaced = not is_placed(self.grid) and self.grid.space != grid.space
-        if not same_frame or drift > ALIGNED or np.abs(offset - whole).max() > ALIGNED or unplaced:
+        if not same_frame(self.grid.frame, grid.frame) or drift > ALIGNED or np.abs(offset - whole).max() > ALIGNED or unplaced:
             raise SceneError(
                 f"{path} does not lie on the grid of {self.name}: the labels have {_describe(grid)}, the image has {_describe(self.grid)}; "
                 f"the image begins at row {offset[0]:.2f}, column {offset[1]:.2f} of the labels. "
@@ -206,11 +205,11 @@ class RasterLabels:
         if any(part.stop <= part.start for part in source):
             return labels
         values, flags = (found[0] for found in read_bands([self.band], source))
-        usable = np.where(flags == 0, values, -1)
-        if (usable != np.rint(usable)).any():
-            raise SceneError(
-                f"{self.band.path} holds numbers that are not whole, such as {usable[usable != np.rint(usable)][0]}; labels are class numbers"
-            )
+        wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+        usable = np.where(flags == 0, wide, -1)
+        broken = usable[usable != np.rint(usable)]
+        if broken.size:
+            raise SceneError(f"{self.band.path} holds numbers that are not whole, such as {broken[0]}; labels are class numbers")
         into = tuple(slice(part.start - b, part.stop - b) for part, b in zip(source, begin, strict=True))
         labels[into] = np.maximum(usable, -1).astype(np.int64)
         return labels
@@ -248,7 +247,8 @@ def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
         channel = Channel(name, None, file.resolution_m, scale, offset)
         nodata = file.nodata[i] if settings.nodata is None else settings.nodata
         bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata))
-    return RasterScene(stem := str(Path(file.relative).with_suffix("").as_posix()), stem, file.grid, tuple(bands))
+    name = Path(file.relative).with_suffix("").as_posix()
+    return RasterScene(name, name, file.grid, tuple(bands))
 
 
 def assemble(name: str, bands: list[BandFile]) -> tuple[RasterScene, list[tuple[BandFile, str]]]:
@@ -260,15 +260,16 @@ def assemble(name: str, bands: list[BandFile]) -> tuple[RasterScene, list[tuple[
     reference = min((band for band in bands if band.grid.frame == frame), key=lambda band: float(np.prod(band.grid.spacing)))
     kept, left = [], []
     for band in bands:
+        if not same_frame(band.grid.frame, frame):
+            own, wanted = band.grid.frame or "none", frame or "none"
+            left.append((band, f"its CRS ({own}) is not that of the scene's other bands ({wanted}); warp it to theirs"))
+            continue
         try:
-            if not same_frame(band.grid.frame, frame):
-                raise SceneError(
-                    f"its CRS ({band.grid.frame or 'none'}) is not that of the scene's other bands ({frame or 'none'}); warp it to theirs"
-                )
             align(reference.grid, band.grid)
-            kept.append(band)
         except SceneError as error:
             left.append((band, str(error)))
+        else:
+            kept.append(band)
     return RasterScene(name, name, reference.grid, tuple(kept)), left
 
 
@@ -318,7 +319,7 @@ def _overlapping(grids: list[Grid]) -> Iterator[tuple[int, int]]:
         active = [box for box in active if box[2] > west]
         for box in active:
             j = box[4]
-            alike = grids[i].frame == grids[j].frame
+            alike = grids[i].frame == grids[j].frame and grids[i].unit != "degree"
             if j != i and (_shares(own[i], own[j]) if alike else _shares((west, south, east, north), box[:4])):
                 yield i, j
         active.append((west, south, east, north, i))

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
@@ -50,8 +51,8 @@ leaves room for a 10980² image of four 16-bit bands in a single strip."""
 REMOTE = re.compile(r"[A-Za-z][\w.+-]*:/")
 """A path that begins with a protocol, also after `pathlib` made one slash of two."""
 
-BROKEN = (RasterioError, CRSError, OSError)
-"""What rasterio raises for a file that is gone, damaged or of another kind."""
+BROKEN = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError, OSError)
+"""What rasterio raises for a file that is gone, damaged or of another kind: bare errors of GDAL and broken text included."""
 
 _OPENING = threading.Lock()
 
@@ -114,14 +115,21 @@ class BandFile:
     validity_index: int | None = None
 
 
-def inspect(path: Path, relative: str) -> RasterFile:
+def inspect(path: Path, relative: str, *, colour_table: bool = False) -> RasterFile:
     """The header of a raster whose last block could be read.
+
+    Args:
+        path: The file.
+        relative: What it is called in the folder that is scanned.
+        colour_table: Whether numbers that stand for colours are welcome, as they are in a map of classes.
 
     Raises:
         SceneError: Not a readable raster, or not one to be read safely. The message does not name the file.
     """
     try:
         with opened(path) as source:
+            if ColorInterp.palette in source.colorinterp and not colour_table:
+                raise SceneError("its values are entries of a colour table, not measurements; expand it to RGB or remove the table")
             _refuse(source, path.stat().st_size)
             header = _header(source, path, relative)
             height, width = source.shape
@@ -195,15 +203,16 @@ def plain(error: Exception, path: Path) -> str:
 
 def same_frame(one: str, other: str) -> bool:
     """True when two frames are the same CRS, in whatever words, or both are unknown."""
-    return one == other or bool(one and other and CRS.from_user_input(one) == CRS.from_user_input(other))
+    if one == other or not (one and other):
+        return one == other
+    with rasterio.Env():
+        return bool(CRS.from_user_input(one) == CRS.from_user_input(other))
 
 
 def _refuse(source: Any, size: int) -> None:
     dtypes = source.dtypes
     if any(dtype.startswith("complex") for dtype in dtypes):
         raise SceneError(f"its values are complex numbers ({dtypes[0]}); export amplitude or power")
-    if ColorInterp.palette in source.colorinterp:
-        raise SceneError("its values are entries of a colour table, not measurements; expand it to RGB or remove the table")
     if source.subdatasets:
         raise SceneError(f"it holds {len(source.subdatasets)} images (pages), only one can be meant; write each to a file of its own")
     pixel_bytes = sum(np.dtype(dtype).itemsize for dtype in dtypes)
@@ -245,10 +254,11 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
 def _grid(source: Any) -> Grid:
     """Corner convention to centre convention, and (column, row) to (row, column)."""
     affine, crs = source.transform, source.crs
-    x, y = affine * (0.5, 0.5)
-    matrix = np.array([[affine.b, affine.a, x], [affine.e, affine.d, y], [0.0, 0.0, 1.0]])
-    if not np.isfinite(matrix).all() or not np.linalg.det(matrix):
+    corner = np.array([[affine.b, affine.a, affine.c], [affine.e, affine.d, affine.f], [0.0, 0.0, 1.0]])
+    sane = np.abs(corner).max() < 1e15 and abs(affine.a * affine.e - affine.b * affine.d) > 1e-30
+    if not sane:
         raise SceneError(f"its affine {tuple(affine)[:6]} does not span a plane; write it anew")
+    matrix = corner @ np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
     if crs is None or affine.is_identity:
         return Grid.from_matrix(source.shape, matrix, "", "index")
     epsg = crs.to_epsg()
@@ -263,21 +273,28 @@ def _nodata(value: float | None) -> Nodata:
 def _flags(source: Any, band: BandFile, values: NDArray[np.generic], part: RasterWindow) -> NDArray[np.uint8]:
     flags = np.zeros(values.shape, np.uint8)
     if band.nodata == "nan":
-        flags[np.isnan(values)] |= Quality.NODATA
+        flags |= _bits(np.isnan(values), Quality.NODATA)
     elif band.nodata is not None:
         with np.errstate(over="ignore"):
             exact = np.asarray(band.nodata).astype(values.dtype) if values.dtype.kind == "f" else band.nodata
-        flags[values == exact] |= Quality.NODATA
+        flags |= _bits(values == exact, Quality.NODATA)
     kinds = source.mask_flag_enums[band.index - 1]
-    if MaskFlags.all_valid not in kinds and (MaskFlags.nodata not in kinds or MaskFlags.per_dataset in kinds):
-        flags[source.read_masks(band.index, window=part) == 0] |= Quality.NODATA
+    if not {MaskFlags.all_valid, MaskFlags.alpha} & set(kinds) and kinds != [MaskFlags.nodata]:
+        flags |= _bits(source.read_masks(band.index, window=part) == 0, Quality.NODATA)
+    for i, colour in enumerate(source.colorinterp):
+        if colour == ColorInterp.alpha:
+            flags |= _bits(source.read(i + 1, window=part) == 0, Quality.NODATA)
     if band.validity_index is not None:
-        flags[source.read(band.validity_index, window=part) == 0] |= Quality.NODATA
+        flags |= _bits(source.read(band.validity_index, window=part) == 0, Quality.NODATA)
     if values.dtype.kind == "f":
-        flags[~np.isfinite(values) & (flags == 0)] |= Quality.NOT_FINITE
+        flags |= _bits(~np.isfinite(values) & (flags == 0), Quality.NOT_FINITE)
     if band.saturated is not None:
-        flags[values == band.saturated] |= Quality.SATURATED
+        flags |= _bits(values == band.saturated, Quality.SATURATED)
     return flags
+
+
+def _bits(where: NDArray[np.bool_], flag: Quality) -> NDArray[np.uint8]:
+    return where.astype(np.uint8) * np.uint8(flag)
 
 
 def _slices(window: Window) -> str:

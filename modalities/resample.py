@@ -30,6 +30,11 @@ class AxisMap:
     offset: float
     size: int
 
+    @property
+    def coincides(self) -> bool:
+        """True where every target voxel is a source voxel: a property of the lattices, the same for every window."""
+        return abs(self.scale) == 1 and self.offset.is_integer()
+
     def positions(self, part: slice) -> NDArray[np.float64]:
         """Source positions of the target indices in `part`; whole numbers are centres of source voxels."""
         return self.scale * np.arange(part.start, part.stop, dtype=np.float64) + self.offset
@@ -96,7 +101,7 @@ def align(target: Grid, source: Grid) -> tuple[AxisMap, ...]:
 
 def _axis(scale: float, offset: float, target_size: int, size: int) -> AxisMap:
     same = abs(scale - 1) * target_size <= ALIGNED and abs(offset - round(offset)) <= ALIGNED
-    return AxisMap(1.0, float(round(offset)), size) if same else AxisMap(round(scale, 9), round(offset, 6), size)
+    return AxisMap(1.0, float(round(offset)), size) if same else AxisMap(round(scale, 12), round(offset, 8), size)
 
 
 def bilinear(
@@ -120,7 +125,7 @@ def bilinear(
     nearest = np.ix_(nearest_row, nearest_col)
     outside = ~np.logical_and.outer(axes[0].inside(window[0]), axes[1].inside(window[1]))
     new_flags = np.where(outside, np.uint8(Quality.OUTSIDE), flags[nearest])
-    if not row_share.any() and not col_share.any():
+    if all(axis.coincides for axis in axes):
         return values[nearest], new_flags
     narrow = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
     work = np.dtype(np.float32 if narrow else np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class Respacing:
         matrix[:-1, -1] = self.start
         return matrix
 
-    def linear(self, values: NDArray[np.generic], finite: NDArray[np.bool_]) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    def linear(self, values: NDArray[Any], finite: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """`values` on the target lattice in their own dtype (integers rounded), and where they are finite.
 
         Linear interpolation; an axis whose step is above `PREFILTER_STEP` is first smoothed by a Gaussian with a standard deviation
@@ -78,29 +79,29 @@ class Respacing:
         known = weight >= 0.5
         return _cast(np.where(known, self._interpolate(work) / np.maximum(weight, 0.5), 0), values.dtype), known
 
-    def nearest(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def nearest(self, values: NDArray[Any]) -> NDArray[Any]:
         """`values` of the source lattice on the target lattice, each from the nearest voxel."""
         return self._pick(values, [b + s * np.arange(n) for b, s, n in zip(self.start, self.step, self.target, strict=True)])
 
-    def nearest_back(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def nearest_back(self, values: NDArray[Any]) -> NDArray[Any]:
         """`values` of the target lattice on the source lattice, each from the nearest voxel."""
         return self._pick(values, [(np.arange(n) - b) / s for b, s, n in zip(self.start, self.step, self.source, strict=True)])
 
-    def _pick(self, values: NDArray[np.generic], places: list[NDArray[np.float64]]) -> NDArray[np.generic]:
+    def _pick(self, values: NDArray[Any], places: list[NDArray[Any]]) -> NDArray[Any]:
         if self.is_identity:
             return values
         index = [np.clip(np.rint(place), 0, size - 1).astype(np.intp) for place, size in zip(places, values.shape, strict=True)]
         return values[np.ix_(*index)]
 
-    def _interpolate(self, work: NDArray[np.floating]) -> NDArray[np.floating]:
+    def _interpolate(self, work: NDArray[Any]) -> NDArray[Any]:
         sigma = [(step - 1) / 2 if step > PREFILTER_STEP else 0.0 for step in self.step]
         smooth = ndimage.gaussian_filter(work, sigma, mode="nearest") if any(sigma) else work
         step = np.asarray(self.step)
-        result: NDArray[np.floating] = ndimage.affine_transform(
+        result: NDArray[Any] = ndimage.affine_transform(
             smooth, step, offset=self.start, output_shape=self.target, order=1, mode="nearest", prefilter=False
         )
         return result
 
 
-def _cast(values: NDArray[np.floating], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def _cast(values: NDArray[Any], dtype: np.dtype[np.generic]) -> NDArray[Any]:
     return (np.rint(values) if dtype.kind in "iu" else values).astype(dtype)

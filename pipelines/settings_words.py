@@ -238,6 +238,8 @@ def _wrong(key: str, item: ErrorDetails, known: list[Setting], given: Mapping[st
     told = f"{head}: must be {' or '.join(_article(text) for text in words)}"
     if not item["type"].startswith(SAID_BY_WORDS) and not item["type"].endswith(("_type", "_parsing")):
         told += f" ({item['msg'][:1].lower()}{item['msg'][1:]})"
+    if item["type"] in ("string_type", "path_type") and isinstance(item["input"], int | float):
+        told += "; put it in quotes"
     choices = words[0].removesuffix(" or null").split(" | ")
     name = nearest(whole, choices) if len(choices) > 1 and isinstance(whole, str) else None
     return f"{told}; did you mean {name}?" if name else told

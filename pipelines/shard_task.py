@@ -54,9 +54,8 @@ class ShardTask:
     min_valid_fraction: float
 
 
-@dataclass(frozen=True)
 class _Refused(Exception):  # noqa: N818 - not an error: a tile that is thrown away on purpose
-    reason: str
+    """A tile holds too little; its argument is the reason that it is counted under."""
 
 
 def run_task(task: ShardTask) -> Record:
@@ -79,7 +78,7 @@ def run_task(task: ShardTask) -> Record:
                 try:
                     rows.append(_write_tile(task, tile, read, writer))
                 except _Refused as refused:
-                    discarded[refused.reason] += 1
+                    discarded[str(refused)] += 1
                 except SceneError as error:
                     failed.append({"tile": tile.tile, "scene": task.scenes[number].name, "reason": str(error)})
     record: Record = {
@@ -116,14 +115,17 @@ def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: floa
     if not values.size:
         return 0, 0.0, 0.0, None, None
     mean = float(values.mean())
-    ends = sorted((float(values.min()) * scale + offset, float(values.max()) * scale + offset))
-    return values.size, mean * scale + offset, float(np.square(values - mean).sum()) * scale**2, *ends
+    low, high = sorted((float(values.min()) * scale + offset, float(values.max()) * scale + offset))
+    return values.size, mean * scale + offset, float(np.square(values - mean).sum()) * scale**2, low, high
 
 
 def _write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: ShardWriter) -> dict[str, Any]:
     """Writes a tile and gives its row; refuses one that holds too little."""
     scene, layout = task.scenes[planned.scene], task.layout
-    given, quality = read(planned.window)
+    try:
+        given, quality = read(planned.window)
+    except OSError as error:
+        raise SceneError(f"scene {scene.name} cannot be read in {planned.window}: {error}") from error
     labels, ignore = None, 255
     if layout.has_labels:
         labels = np.full(planned.extent, -1, np.int16)
@@ -203,7 +205,7 @@ def _reader(scene: Scene, tiles: list[PlannedTile]) -> Reader:
         return scene.read
     try:
         pixels, quality = scene.read(tuple(slice(int(start), int(stop)) for start, stop in zip(low, high, strict=True)))
-    except SceneError:
+    except (SceneError, OSError):
         return scene.read
 
     def cut(window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:

@@ -25,20 +25,12 @@ class PreparationError(RuntimeError):
 
 
 class SplitSettings(Settings):
-    """How tiles are held out.
+    """How tiles are held out: whole groups, or blocks of neighbouring tiles for few big scenes."""
 
-    Attributes:
-        unit: `scene`: whole groups (patients, places). `block`: blocks of neighbouring tiles of each place, for few big scenes;
-            training tiles that overlap a held-out one are thrown away.
-        val_fraction: Share of the tiles that is held out at least; 0 holds out nothing.
-        block_tiles: Side of a block in tiles, for `unit: block`.
-        seed: Draws which groups are held out.
-    """
-
-    unit: Literal["scene", "block"] = "scene"
-    val_fraction: float = Field(0.1, ge=0, lt=1)
-    block_tiles: int = Field(4, ge=1)
-    seed: int = 0
+    unit: Literal["scene", "block"] = Field("scene", description="What is not divided: a scene's group (patient, place), or a block of it")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the tiles that is held out at least; 0 holds out nothing")
+    block_tiles: int = Field(4, ge=1, description="Side of a block in tiles, for unit=block")
+    seed: int = Field(0, description="Draws which groups are held out")
 
 
 @dataclass(frozen=True)

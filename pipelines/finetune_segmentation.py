@@ -1,0 +1,389 @@
+"""An encoder and labels become a segmenter, with the same network from random weights beside it under the same schedule."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mae_core.augment import AugmentSettings, Normaliser
+from mae_core.checkpoint import CheckpointError, TrainState, restore, sha256
+from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
+from mae_core.heads import HeadSettings, Segmenter
+from mae_core.loader import LoaderSettings, Stream
+from mae_core.nd import per_axis
+from mae_core.optim import OptimSettings, learning_rate, make_optimiser
+from mae_core.parallel import Parallel, processes
+from mae_core.segmentation import Segmentation, columns_of, confusion_by_scene, layer_number, measures
+from mae_core.settings import Settings, to_plain
+from mae_core.store import StoreError, TileStore
+from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, fetch_model
+from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
+from mae_core.vit import Encoder
+from modalities.catalogue import ReaderSettings, match_labels, scan
+from modalities.scene import SceneError
+from pipelines.command_line import run
+from pipelines.preparation import PreparationError, PrepareSettings
+from pipelines.preparation_plan import make_plan
+from pipelines.prepare import TILES, prepare_store, store_attributes
+from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
+from pipelines.pretrain import spread, told, ui_command
+from pipelines.progress import console, table, training
+from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
+
+DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
+EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, RunError, SceneError, PreparationError, ModelError)
+MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "prepare.num_workers", "prepare.scheduler")
+MAX_SHIFT = 10.0
+"""Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
+
+
+class FinetuneSettings(Settings):
+    """Settings of `finetune_segmentation`."""
+
+    encoder: str = Field(description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION")
+    data: Path = Field(description="Folder of images, or one file")
+    labels: Path = Field(description="Folder of label maps named like the images, or one file that covers them")
+    out: Path = Field(description="Folder of the run")
+    init: Literal["pretrained", "scratch", "both"] = Field("both", description="Weights to begin with: one arm, or both side by side")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each arm is trained once per seed")
+    class_names: tuple[str, ...] = Field((), description="Names of the classes by rising number (default: class N)")
+    ignore: tuple[int, ...] = Field((), description="Class numbers that count nowhere")
+    label_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training groups whose labels are used")
+    reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the encoder was pretrained with")
+    crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: as in pretraining")
+    overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops when held-out tiles are labelled")
+    layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
+    head: HeadSettings = HeadSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    augment: AugmentSettings = AugmentSettings()
+    loader: LoaderSettings = LoaderSettings(global_batch_size=16)
+    optim: OptimSettings = OptimSettings(base_lr=8e-3, betas=(0.9, 0.999))
+    train: TrainSettings = TrainSettings(steps=400, eval_steps=100)
+    tracking: TrackingSettings = TrackingSettings()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What both arms share.
+
+    Attributes:
+        settings: Of the verb, crop spelled out.
+        encoder: Pretrained.
+        about: Its description.
+        store: Labelled tiles.
+        rows: Training tiles.
+        task: Loss and evaluation.
+        parallel: This process.
+        config: Resolved settings as they are recorded.
+        parent: Registered version of the encoder, if it is known.
+    """
+
+    settings: FinetuneSettings
+    encoder: Encoder
+    about: Description
+    store: TileStore
+    rows: NDArray[np.int64]
+    task: Segmentation
+    parallel: Parallel
+    config: dict[str, Any]
+    parent: Registered | None = None
+
+
+def work(settings: FinetuneSettings) -> int:
+    """Do it."""
+    folder, version = encoder_folder(settings.encoder, settings.tracking, settings.out)
+    encoder, about = load_encoder(folder)
+    store = labelled_store(settings, about)
+    crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
+    crop = tuple(min(size, room) for size, room in zip(crop, store.space, strict=True))
+    settings = settings.model_copy(update={"crop": crop})
+    config = to_plain(settings) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
+    with processes(settings.train.device) as parallel:
+        if parallel.is_first and (done := begin(settings.out, "finetune_segmentation", config, MAY_DIFFER)) is not None:
+            console.print(f"run {settings.out} is finished; its result is told again")
+            tell(done)
+            return 0
+        parallel.barrier()
+        result = _compare(replace(make_job(settings, encoder, about, store, parallel, config), parent=version))
+    if result:
+        tell(result)
+    return 0
+
+
+def labelled_store(settings: FinetuneSettings, about: Description) -> TileStore:
+    """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
+    try:
+        reader = TypeAdapter[Any](ReaderSettings).validate_python({**about.reader, **settings.reader})
+    except ValidationError as error:
+        raise RunError(f"reader={settings.reader} does not fit the adapter {about.modality}: {error}") from error
+    catalogue = scan(settings.data, reader)
+    pairs, without = match_labels(catalogue, settings.labels)
+    if without:
+        console.print(f"[yellow]{len(without)} scenes have no label and are left out[/]; first: {without[0].file} ({without[0].reason})")
+    catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in pairs))
+    labels = {scene.name: found for scene, found in pairs}
+    tile = settings.prepare.tile or TILES[about.modality]
+    prepare = settings.prepare.model_copy(update={"tile": tile})
+    plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)))
+    path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
+    prepare_store(catalogue, path, reader, prepare, labels)
+    return TileStore.open(path)
+
+
+def encoder_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path, Registered | None]:
+    """Model folder of a run or of a registered version.
+
+    Raises:
+        RunError: `name` is neither.
+    """
+    if name.startswith("models:/"):
+        return fetch_model(name, tracking, out)
+    run_folder = Path(name)
+    if not run_folder.is_dir():
+        raise RunError(f"{name} is neither the folder of a run nor models:/NAME@ALIAS")
+    result = recall(run_folder)
+    uri = str(result.get("mlflow", {}).get("model", ""))
+    version = None
+    if uri:
+        _, registered, number = uri.split("/")
+        version = Registered(registered, int(number), str(result["mlflow"].get("model_id", "")))
+    return run_folder / "model", version
+
+
+def make_job(
+    settings: FinetuneSettings, encoder: Encoder, about: Description, store: TileStore, parallel: Parallel, config: dict[str, Any]
+) -> Job:
+    """Classes, channels, rows and normalisation, checked against the encoder."""
+    values = tuple(value for value in store.attributes["classes"] if value not in settings.ignore)
+    if len(values) < 2:
+        raise RunError(
+            f"the labels hold classes {store.attributes['classes']} and {list(settings.ignore)} are ignored; two classes are needed"
+        )
+    if settings.class_names and len(settings.class_names) != len(values):
+        raise RunError(f"class_names gives {len(settings.class_names)} names and the labels hold {len(values)} classes: {list(values)}")
+    names = settings.class_names or tuple(f"class {value}" for value in values)
+    columns = columns_of(about.channels, store.channels)
+    known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
+    pairs = [known.get(name, (0.0, 1.0)) for name in store.channels]
+    check_units(store, known)
+    normaliser = Normaliser(
+        settings.crop,
+        tuple(pair[0] for pair in pairs),
+        tuple(pair[1] for pair in pairs),
+        about.no_value,
+        settings.train.seed,
+        settings.augment,
+    )
+    rows = _labelled_rows(store, settings)
+    held_out = spread(store.rows("val"), settings.train.eval_tiles)
+    batch = settings.loader.micro_batch_size or settings.loader.global_batch_size // parallel.world
+    task = Segmentation(values, names, columns, normaliser, store, held_out, batch, parallel)
+    return Job(settings, encoder, about, store, rows, task, parallel, config)
+
+
+def check_units(store: TileStore, known: dict[str, tuple[float, float]]) -> None:
+    """Refuse data whose values are on another scale than the encoder was pretrained on.
+
+    Raises:
+        RunError: A channel's mean lies far outside; the message gives both.
+    """
+    for name, here in zip(store.channels, store.statistics.mean, strict=True):
+        if name in known and abs(here - known[name][0]) > MAX_SHIFT * known[name][1]:
+            there, width = known[name]
+            raise RunError(
+                f"channel {name} has mean {here:.4g} here and {there:.4g} ± {width:.4g} in the encoder's pretraining: other units; "
+                "set the scale and offset of the reader, such as reader.radiometry"
+            )
+
+
+def _labelled_rows(store: TileStore, settings: FinetuneSettings) -> NDArray[np.int64]:
+    """Training rows of the first `label_fraction` of the groups, at least one."""
+    rows = store.rows("train")
+    groups = list(dict.fromkeys(store.index.group[rows].tolist()))
+    kept = set(groups[: max(1, round(settings.label_fraction * len(groups)))])
+    return np.asarray([row for row in rows if store.index.group[row] in kept], dtype=np.int64)
+
+
+def _compare(job: Job) -> dict[str, Any]:
+    """Train every arm with every seed; scores, registration and `result.json`."""
+    settings, out = job.settings, job.settings.out
+    arms = ["pretrained", "scratch"] if settings.init == "both" else [settings.init]
+    with ExitStack() as stack:
+        tracker = None
+        if job.parallel.is_first:
+            known = recall(out, RUN).get("run_id")
+            tracker = stack.enter_context(
+                Tracker(settings.tracking, out).run(out.name, known, job.config, {"source": "pipelines/finetune_segmentation.py"})
+            )
+            write_json(out / RUN, {"run_id": tracker.run_id})
+            facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names)}
+            tracker.dataset(job.store.kind, job.store.digest, "fine-tuning", facts)
+        scores = {f"{arm}-seed{seed}": train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
+        if tracker is None:
+            return {}
+        for arm in arms:
+            own = [scores[f"{arm}-seed{seed}"] for seed in settings.seeds]
+            tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
+        facts = _register(job, arms[0], tracker)
+    summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores}
+    groups = {side: len(set(job.store.index.group[rows].tolist())) for side, rows in (("train", job.rows), ("val", job.task.held_out))}
+    return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, **facts})
+
+
+def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[str, float]:
+    """Train one arm, or go on with it, and score it on whole held-out tiles."""
+    settings, folder = job.settings, job.settings.out / f"{arm}-seed{seed}"
+    if (folder / "scores.json").is_file():
+        return {name: float(value) for name, value in recall(folder, "scores.json").items()}
+    model = new_segmenter(job, arm, seed)
+    lr = learning_rate(settings.optim, settings.loader.global_batch_size)
+    layers = partial(layer_number, depth=job.about.encoder.depth)
+    state = TrainState(model, make_optimiser(model, settings.optim, lr, layers, settings.layer_decay))
+    restore(state, folder / "checkpoints", console.print)
+    normaliser = replace(job.task.normaliser, seed=seed)
+    task = replace(job.task, normaliser=normaliser)
+    stream = Stream(job.store, job.rows, settings.loader, seed, job.parallel)
+    with ExitStack() as stack:
+        child = None
+        if tracker is not None:
+            tags = {"source": "pipelines/finetune_segmentation.py", "arm": arm, "seed": str(seed)}
+            child = stack.enter_context(
+                Tracker(settings.tracking, settings.out).run(
+                    f"{settings.out.name}-{arm}-{seed}", state.run_id, {"init": arm, "seed": seed}, tags
+                )
+            )
+            state.run_id = child.run_id
+        display = stack.enter_context(training(f"{arm} seed {seed}", state.step, settings.train.steps, quiet=tracker is None))
+
+        def report(what: Report) -> None:
+            display.show(what)
+            if child is not None:
+                child.metrics(what.metrics, what.step)
+
+        train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
+        scores = score(replace(task, held_out=job.store.rows("val")), model.eval(), settings.overlap)
+        if child is not None:
+            child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
+            save_segmenter(job, model, folder / "model", arm, child.run_id)
+            write_json(folder / "scores.json", scores)
+    job.parallel.barrier()
+    return scores
+
+
+def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
+    """A segmenter whose arms differ in nothing but the encoder's weights."""
+    torch.manual_seed(seed)
+    model = Segmenter(Encoder(job.about.encoder, job.about.channels), job.settings.head, len(job.task.values))
+    if arm == "pretrained":
+        model.encoder.load_state_dict(job.encoder.state_dict())
+    return model.to(job.parallel.device)
+
+
+def score(task: Segmentation, model: Segmenter, overlap: float) -> dict[str, float]:
+    """Dice and IoU per class over all held-out voxels, and the mean over scenes of each scene's Dice."""
+    totals = confusion_by_scene(task, model, overlap)
+    scores = dict(measures(torch.stack(list(totals.values())).sum(dim=0), task.names))
+    by_scene = [dict(measures(total, task.names)) for total in totals.values()]
+    for name in task.names:
+        values = [part[f"dice/{name}"] for part in by_scene if f"dice/{name}" in part]
+        if values:
+            scores[f"scene_dice/{name}"] = mean(values)
+    return scores
+
+
+def save_segmenter(job: Job, model: Segmenter, folder: Path, arm: str, run_id: str) -> None:
+    """Write the model folder of an arm."""
+    lineage = {**job.about.lineage, "labelled_store_digest": job.store.digest, "finetuning_run": run_id, "init": arm}
+    if arm == "pretrained":
+        lineage |= {"encoder_weights": job.config["encoder_weights"]} | ({"encoder_version": job.parent.uri} if job.parent else {})
+    classes = tuple(zip(job.task.values, job.task.names, strict=True))
+    save_model(
+        folder,
+        model,
+        job.about.model_copy(
+            update={"kind": "segmenter", "crop": job.settings.crop, "head": job.settings.head, "classes": classes, "lineage": lineage}
+        ),
+    )
+
+
+def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
+    """Register the first seed of an arm; lineage to the encoder version where the arm began with it."""
+    folder = job.settings.out / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(job.settings.out / f"{arm}-seed{job.settings.seeds[0]}" / "model", folder)
+    parent = job.parent if arm == "pretrained" else None
+    registered = tracker.register(folder, load_description(folder, "segmenter"), parent)
+    return {
+        "digests": {"store": job.store.digest, "weights": sha256(folder / WEIGHTS), "encoder": job.config["encoder_weights"]},
+        "mlflow": {**told(tracker, registered), "encoder": parent.uri if parent else None},
+    }
+
+
+def tell(result: dict[str, Any]) -> None:
+    """Print the table of both arms and what it means."""
+    figures = result["figures"]
+    arms, seeds, scores = figures["arms"], figures["seeds"], figures["held_out"]
+    rows = []
+    for name in (*figures["classes"], None):
+        cells = [name or "mean"]
+        for arm in arms:
+            for kind in ("dice", "iou"):
+                key = f"{kind}/{name}" if name else f"mean_{kind}"
+                cells.append(_spread([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
+        rows.append(cells)
+    table(f"held-out groups, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
+    console.print("Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of groups that no arm was trained on.")
+    if len(arms) == 2:
+        gains = [scores[f"pretrained-seed{seed}"]["mean_dice"] - scores[f"scratch-seed{seed}"]["mean_dice"] for seed in seeds]
+        console.print(f"pretrained − scratch, mean Dice: {_spread(gains, sign='+')}; with {len(seeds)} seeds this is a hint, not a proof.")
+    console.print(f"registered as {result['mlflow']['model']} ({result['mlflow']['alias']}), from encoder {result['mlflow']['encoder']}")
+    console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    if not values:
+        return "–"
+    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def check(settings: FinetuneSettings) -> list[str]:
+    """Problems that only the disk can tell."""
+    problems = [
+        f"{name} = {path}: does not exist" for name, path in (("data", settings.data), ("labels", settings.labels)) if not path.exists()
+    ]
+    try:
+        folder, _ = encoder_folder(settings.encoder, settings.tracking, settings.out)
+        load_encoder(folder)
+    except (RunError, ModelError, TrackingError) as error:
+        problems.append(str(error))
+    return problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; its exit code."""
+    return run(
+        "finetune_segmentation",
+        FinetuneSettings,
+        work,
+        check=check,
+        description=DESCRIPTION,
+        defaults={"prepare.split.val_fraction": 0.25},
+        expected=EXPECTED,
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The whole way from a folder of files to a registered encoder, for the verbs that are made for one modality."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from mae_core.store import TileStore
+from modalities.catalogue import ReaderSettings, scan
+from modalities.scene import SceneError
+from pipelines.preparation import PreparationError, PrepareSettings
+from pipelines.preparation_plan import make_plan
+from pipelines.prepare import prepare_store, store_attributes
+from pipelines.pretrain import EXPECTED, PretrainRecipe, pretrain
+from pipelines.progress import console
+
+EXPECTED_ERRORS = (*EXPECTED, SceneError, PreparationError)
+
+
+class ArchiveRecipe(PretrainRecipe):
+    """A pretraining that begins with files."""
+
+    data: Path = Field(description="Folder of files, searched to its depth, or one file")
+    out: Path = Field(description="Folder of the run")
+    store: Path | None = Field(None, description="Folder of the tile store (default: by its content, in `stores` beside the run)")
+
+
+def pretrain_archive(recipe: ArchiveRecipe, reader: ReaderSettings, settings: PrepareSettings, verb: str) -> int:
+    """Scan, prepare what is not yet prepared, pretrain or resume, register.
+
+    The store's default folder is named by the plan of its content, so the same data are prepared once, for any number of runs.
+    """
+    catalogue = scan(recipe.data, reader)
+    plan = make_plan(catalogue.scenes, settings.tile, settings, {}, store_attributes(reader, len(settings.tile)))
+    path = recipe.store or recipe.out.resolve().parent / "stores" / f"{reader.kind}-{plan.digest[:12]}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not (path / "manifest.json").is_file():
+            raise PreparationError(
+                f"{path} is not prepared yet; run this verb once with one process up to the training, then under torchrun"
+            )
+    else:
+        prepare_store(catalogue, path, reader, settings)
+        console.print(f"store: {path}")
+    names = [name for name in PretrainRecipe.model_fields if name in type(recipe).model_fields]
+    pretrain(TileStore.open(path), recipe.out, PretrainRecipe.model_validate({name: getattr(recipe, name) for name in names}), verb)
+    return 0
+
+
+def check_archive(recipe: ArchiveRecipe) -> list[str]:
+    """Problems that only the disk can tell."""
+    problems = [] if recipe.data.exists() else [f"data = {recipe.data}: does not exist"]
+    if recipe.out.is_file():
+        problems.append(f"out = {recipe.out}: is a file")
+    return problems

@@ -1,0 +1,136 @@
+"""Files become a tile store: scan a folder, tile its scenes, compute statistics, divide training from held-out groups."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mae_core.settings import Settings, to_plain
+from modalities.catalogue import Catalogue, ReaderSettings, scan
+from modalities.quality import NO_VALUE, Quality
+from modalities.scene import LabelMap, SceneError
+from pipelines.command_line import run
+from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
+from pipelines.progress import console, counting, table
+from pipelines.run_folder import RESULT, write_json
+
+DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
+TILES = {"sentinel2": (128, 128), "raster": (128, 128), "mri": (64, 64, 64)}
+AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
+
+
+class PrepareVerb(Settings):
+    """Settings of `prepare`."""
+
+    modality: Literal["sentinel2", "raster", "mri"] = Field(description="Which adapter reads the files")
+    data: Path = Field(description="Folder of files, searched to its depth, or one file")
+    out: Path = Field(description="Folder of the store to write")
+    reader: ReaderSettings
+    prepare: PrepareSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_modality(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return for_modality(values, values.get("modality"))
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.reader.kind != self.modality:
+            raise ValueError(f"reader.kind is {self.reader.kind} and modality is {self.modality}; leave reader.kind out")
+        return self
+
+
+def for_modality(values: Mapping[str, Any], modality: Any) -> dict[str, Any]:
+    """Settings with the reader's kind and the tile size filled in by modality where they are left out."""
+    filled = dict(values)
+    filled["reader"] = {"kind": modality, **dict(filled.get("reader") or {})}
+    filled["prepare"] = dict(filled.get("prepare") or {})
+    if modality in TILES and not filled["prepare"].get("tile"):
+        filled["prepare"]["tile"] = TILES[modality]
+    return filled
+
+
+def store_attributes(reader: ReaderSettings, axes: int) -> dict[str, Any]:
+    """What a store tells about where its tiles come from."""
+    return {
+        "kind": reader.kind,
+        "axes": list(AXES[axes]),
+        "reader": to_plain(reader),
+        "no_value": NO_VALUE,
+        "quality_bits": {flag.name: int(flag) for flag in Quality if flag},
+    }
+
+
+def prepare_store(
+    catalogue: Catalogue, out: Path, reader: ReaderSettings, settings: PrepareSettings, labels: Mapping[str, LabelMap] | None = None
+) -> PreparationReport:
+    """Prepare a store and tell what was used and what was thrown away; a finished store of the same plan is left as it is."""
+    tell_catalogue(catalogue)
+    attributes = store_attributes(reader, len(settings.tile))
+    with counting("preparing shards") as progress:
+        report = prepare(catalogue, out, settings, labels=labels, attributes=attributes, progress=progress)
+    tell_report(report)
+    return report
+
+
+def tell_catalogue(catalogue: Catalogue) -> None:
+    """Print how many files are used, and the reasons of those that are not."""
+    console.print(
+        f"[bold]{catalogue.num_files} files found[/]: {catalogue.num_used} used in {len(catalogue.scenes)} scenes, "
+        f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded"
+    )
+    if catalogue.rejected:
+        reasons = Counter(item.reason for item in catalogue.rejected)
+        first = {item.reason: item.file for item in reversed(catalogue.rejected)}
+        table("rejected", ("reason", "files", "first"), [(reason, str(count), first[reason]) for reason, count in reasons.most_common(12)])
+
+
+def tell_report(report: PreparationReport) -> None:
+    """Print what became of the tiles."""
+    if report.already_done:
+        console.print(f"store {report.path.name} is already prepared from the same data; nothing was done again")
+    rows = [("accepted", str(report.accepted)), *((f"discarded: {why}", str(count)) for why, count in report.discarded.items())]
+    table("tiles", ("what", "tiles"), [*rows, ("found", str(report.found))])
+    for scene, reason in report.quarantined.items():
+        console.print(f"[yellow]scene {scene} left out[/]: {reason}")
+    for note in report.notes:
+        console.print(note)
+    sides = ", ".join(f"{side} {count} tiles of {report.groups.get(side, 0)} groups" for side, count in report.tiles.items())
+    console.print(f"{sides}; {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s; digest {report.digest[:12]}")
+
+
+def work(settings: PrepareVerb) -> int:
+    """Do it."""
+    catalogue = scan(settings.data, settings.reader)
+    report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
+    result = {
+        "verb": "prepare",
+        "files": {"found": catalogue.num_files, "used": catalogue.num_used, "ignored": len(catalogue.ignored)},
+        "rejected": [{"file": item.file, "reason": item.reason} for item in catalogue.rejected],
+        "tiles": {"accepted": report.accepted, "discarded": dict(report.discarded), "found": report.found, **report.tiles},
+        "store_digest": report.digest,
+        "seconds": report.seconds,
+        "config": to_plain(settings),
+    }
+    write_json(settings.out / RESULT, result)
+    console.print(f"[bold]store ready[/]: {settings.out}")
+    return 0
+
+
+def check(settings: PrepareVerb) -> list[str]:
+    """Problems that only the disk can tell."""
+    return [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; its exit code."""
+    return run("prepare", PrepareVerb, work, check=check, description=DESCRIPTION, expected=(SceneError, PreparationError), argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""A tile store becomes an encoder: pretrain a masked autoencoder, watch it on held-out tiles, register what comes out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from mae_core.augment import AugmentSettings, Normaliser
+from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
+from mae_core.evaluate import Panel, Pretraining
+from mae_core.export import Description, save_model
+from mae_core.loader import LoaderError, LoaderSettings, Stream
+from mae_core.mae import MaskedAutoencoder, ModelSettings
+from mae_core.masking import RandomHiding
+from mae_core.nd import per_axis, token_grid
+from mae_core.optim import OptimSettings, learning_rate, make_optimiser
+from mae_core.parallel import DeviceError, processes
+from mae_core.settings import Settings, to_plain
+from mae_core.store import StoreError, TileStore
+from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
+from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
+from pipelines.command_line import run
+from pipelines.progress import console, training
+from pipelines.run_folder import RunError, begin, finish
+
+DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
+EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, RunError, LoaderError, DeviceError)
+MAY_DIFFER = (
+    "tracking",
+    "loader.num_threads",
+    "loader.prefetch",
+    "loader.micro_batch_size",
+    "train.device",
+    "train.log_steps",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+)
+
+
+class PretrainRecipe(Settings):
+    """All that shapes a pretraining, whatever the tiles come from."""
+
+    crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile")
+    model: ModelSettings = ModelSettings()
+    hiding: RandomHiding = RandomHiding()
+    augment: AugmentSettings = AugmentSettings()
+    loader: LoaderSettings = LoaderSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+class PretrainSettings(PretrainRecipe):
+    """Settings of `pretrain`."""
+
+    store: Path = Field(description="Folder of a tile store made by prepare")
+    out: Path = Field(description="Folder of the run")
+    verify: Literal["checksums", "sizes"] = Field("checksums", description="How the store is checked before it is used")
+
+
+def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
+    """The recipe with patch and crop spelled out for a store's axes.
+
+    Raises:
+        RunError: They do not fit the store's tiles.
+    """
+    axes = len(store.space)
+    try:
+        patch = per_axis(recipe.model.encoder.patch, axes, "model.encoder.patch")
+        usual = tuple(max(part, size * 3 // 4 // part * part) for size, part in zip(store.space, patch, strict=True))
+        crop = per_axis(recipe.crop, axes, "crop") if recipe.crop else usual
+        grid = token_grid(crop, patch)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if any(size > room for size, room in zip(crop, store.space, strict=True)):
+        raise RunError(f"crop={list(crop)} does not fit into the store's tiles of {list(store.space)}; lower crop, or prepare larger tiles")
+    if np.prod(grid) < 4:
+        raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(patch)}; raise crop or lower model.encoder.patch")
+    encoder = recipe.model.encoder.model_copy(update={"patch": patch})
+    return recipe.model_copy(update={"crop": crop, "model": recipe.model.model_copy(update={"encoder": encoder})})
+
+
+def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "pretrain") -> dict[str, Any]:
+    """Pretrain on a store into a run folder and register the encoder; what `result.json` holds.
+
+    A finished run of the same settings is told again, an unfinished one goes on from its newest sound checkpoint.
+
+    Raises:
+        RunError, LoaderError, DeviceError, StoreError, TrainingError, TrackingError, CheckpointError: See their messages.
+    """
+    recipe = resolved(recipe, store)
+    config = to_plain(recipe) | {"store_digest": store.digest}
+    with processes(recipe.train.device) as parallel:
+        stream = Stream(store, store.rows("train"), recipe.loader, recipe.train.seed, parallel)
+        done = begin(out, verb, config, MAY_DIFFER) if parallel.is_first else None
+        if parallel.any(done is not None):
+            if parallel.is_first:
+                console.print(f"run {out} is finished; its result is told again")
+            return done or {}
+        return _pretrain(stream, out, recipe, config, verb)
+
+
+def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[str, Any], verb: str) -> dict[str, Any]:
+    store, parallel = stream.store, stream.parallel
+    torch.manual_seed(recipe.train.seed)
+    model = MaskedAutoencoder(recipe.model, store.channels).to(parallel.device)
+    lr = learning_rate(recipe.optim, recipe.loader.global_batch_size)
+    state = TrainState(model, make_optimiser(model, recipe.optim, lr))
+    say: Callable[[str], None] = console.print if parallel.is_first else _nothing
+    restore(state, out / "checkpoints", say)
+    normaliser = make_normaliser(store, recipe.crop, recipe.train.seed, recipe.augment)
+    held_out = spread(store.rows("val"), recipe.train.eval_tiles)
+    tell_start(store, recipe, state, lr, len(stream.rows), held_out, say)
+    last: dict[str, float] = {}
+    with ExitStack() as stack:
+        tracker = None
+        if parallel.is_first:
+            tracker = stack.enter_context(
+                Tracker(recipe.tracking, out).run(out.name, state.run_id, config, {"source": f"pipelines/{verb}.py"})
+            )
+            state.run_id = tracker.run_id
+            tracker.dataset(store.kind, store.digest, "pretraining", {"tiles": str(len(store)), "channels": ",".join(store.channels)})
+        batch = recipe.loader.micro_batch_size or recipe.loader.global_batch_size // parallel.world
+        panels = partial(_log_panels, tracker, out)
+        task = Pretraining(recipe.model, recipe.hiding, normaliser, recipe.train.seed, store, held_out, batch, parallel, panels)
+        display = stack.enter_context(training("pretraining", state.step, recipe.train.steps, quiet=not parallel.is_first))
+
+        def report(what: Report) -> None:
+            last.update(what.metrics)
+            display.show(what)
+            if tracker is not None:
+                tracker.metrics(what.metrics, what.step)
+
+        train(task, state, stream, recipe.train, recipe.optim, Checkpoints(out / "checkpoints", config), report)
+        if tracker is None:
+            return {}
+        facts = {"figures": last or _told_metrics(tracker), **_finish(store, out, recipe, model, tracker)}
+    result = finish(out, verb, config, facts)
+    tell_end(result, out)
+    return result
+
+
+def _finish(store: TileStore, out: Path, recipe: PretrainRecipe, model: MaskedAutoencoder, tracker: Tracker) -> dict[str, Any]:
+    """Export and register the encoder; what `result.json` is to hold."""
+    lineage = {"store_digest": store.digest, "pretraining_run": tracker.run_id}
+    description = Description(
+        kind="encoder",
+        modality=store.kind,
+        channels=store.channels,
+        mean=tuple(store.statistics.mean.tolist()),
+        std=tuple(store.statistics.std.tolist()),
+        no_value=store.no_value,
+        crop=recipe.crop,
+        spacing=tuple(float(value) for value in spacing(store)),
+        spacing_unit=str(store.index.unit[0]),
+        encoder=recipe.model.encoder,
+        reader=store.attributes["reader"],
+        lineage=lineage,
+    )
+    weights = save_model(out / "model", model.encoder, description)
+    registered = tracker.register(out / "model", description, None)
+    return {
+        "digests": {"store": store.digest, "weights": weights},
+        "mlflow": told(tracker, registered),
+    }
+
+
+def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment: AugmentSettings | None) -> Normaliser:
+    """Crops of a store, normalised by its own statistics."""
+    mean, std = store.statistics.mean.tolist(), store.statistics.std.tolist()
+    flat = [name for name, value in zip(store.channels, std, strict=True) if not value > 0]
+    if flat:
+        raise RunError(
+            f"channels {flat} are constant over all training voxels of {store.path}; leave them out with reader.channels and prepare again"
+        )
+    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment)
+
+
+def spacing(store: TileStore) -> NDArray[np.float64]:
+    """Distance between voxels along each axis of the first tile, in the store's unit."""
+    axes = len(store.space)
+    matrix = store.index.affine[0].reshape(axes + 1, axes + 1)
+    steps: NDArray[np.float64] = np.linalg.norm(matrix[:axes, :axes], axis=0)
+    return steps
+
+
+def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """At most `most` of the rows, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    chosen: NDArray[np.int64] = rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+    return chosen
+
+
+def tell_start(
+    store: TileStore,
+    recipe: PretrainRecipe,
+    state: TrainState,
+    lr: float,
+    tiles: int,
+    held_out: NDArray[np.int64],
+    say: Callable[[str], None],
+) -> None:
+    """Say what is about to be trained."""
+    weights = sum(weight.numel() for weight in state.model.parameters()) / 1e6
+    encoder = recipe.model.encoder
+    grid = token_grid(recipe.crop, encoder.patch)
+    say(
+        f"[bold]{encoder.preset}[/] encoder, {weights:.2f} M weights with decoder; channels {', '.join(store.channels)}; "
+        f"crop {'×'.join(map(str, recipe.crop))} in {int(np.prod(grid))} tokens of {'×'.join(map(str, encoder.patch))}, "
+        f"{recipe.hiding.mask_ratio:.0%} hidden; {tiles} training and {len(held_out)} held-out tiles; "
+        f"lr {lr:.2e} = {recipe.optim.base_lr:g} · {recipe.loader.global_batch_size} / 256"
+    )
+    if not len(held_out):
+        say("[yellow]no held-out tiles[/]: skill cannot be told; prepare with prepare.split.val_fraction above 0")
+    if state.step:
+        say(f"resuming at step {state.step} of {recipe.train.steps}")
+
+
+def tell_end(result: dict[str, Any], out: Path) -> None:
+    """Say what was made and what the figures mean."""
+    figures = result["figures"]
+    console.print(f"[bold]pretraining done[/]: {out}")
+    if "train/loss" in figures:
+        console.print(f"  training loss {figures['train/loss']:.4f}: mean squared error on hidden voxels, in the space of the target")
+    if "val/skill" in figures:
+        better = "beats" if figures["val/skill"] > 0 else "does not beat"
+        console.print(
+            f"  held-out skill {figures['val/skill']:+.3f}: the model {better} the best trivial predictor "
+            f"(error {figures['val/error']:.4f}; visible mean {figures['val/error_of_visible_mean']:.4f}, "
+            f"interpolation {figures['val/error_of_interpolation']:.4f})"
+        )
+        per_channel = {key.rpartition("/")[2]: value for key, value in figures.items() if key.startswith("val/skill/")}
+        console.print("  skill by channel: " + ", ".join(f"{name} {value:+.3f}" for name, value in per_channel.items()))
+    console.print(f"  registered as {result['mlflow']['model']} ({result['mlflow']['alias']})")
+    console.print(f"  look at it: {ui_command(result['mlflow']['uri'])}")
+
+
+def told(tracker: Tracker, registered: Registered) -> dict[str, str]:
+    """Where a run and its model are recorded, for `result.json`."""
+    return {
+        "uri": redacted(tracker.uri),
+        "run_id": tracker.run_id,
+        "model": registered.uri,
+        "model_id": registered.model_id,
+        "alias": f"models:/{registered.name}@candidate",
+    }
+
+
+def ui_command(uri: str) -> str:
+    """The command that opens the MLflow UI on a tracking store."""
+    return f"open {uri}" if uri.startswith("http") else f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri '{uri}'"
+
+
+def _log_panels(tracker: Tracker | None, out: Path, step: int, panels: Sequence[Panel]) -> None:
+    from mae_core.figures import reconstruction, save_picture
+
+    if tracker is None or not panels or not tracker.settings.images:
+        return
+    note = "normalised targets are brought back with each hidden patch's true mean and deviation"
+    picture = reconstruction(panels, f"held-out tiles, step {step}: {note}")
+    save_picture(picture, out / "panels" / f"step-{step:08d}.png")
+    tracker.image("val/reconstruction", picture, step)
+
+
+def _told_metrics(tracker: Tracker) -> dict[str, float]:
+    """Last values of a run that was killed between its last step and its end."""
+    return {key: value for key, value in tracker.client.get_run(tracker.run_id).data.metrics.items() if not key.startswith("system/")}
+
+
+def _nothing(_: object) -> None:
+    """Say nothing: this is not the first process."""
+
+
+def work(settings: PretrainSettings) -> int:
+    """Do it."""
+    store = TileStore.open(settings.store, settings.verify)
+    pretrain(store, settings.out, PretrainRecipe.model_validate({name: getattr(settings, name) for name in PretrainRecipe.model_fields}))
+    return 0
+
+
+def check(settings: PretrainSettings) -> list[str]:
+    """Problems that only disk and tracker can tell."""
+    problems = []
+    try:
+        store = TileStore.open(settings.store, "sizes")
+        resolved(settings, store)
+    except (StoreError, RunError) as error:
+        problems.append(str(error))
+    try:
+        tracking_uri(settings.tracking, settings.out)
+    except TrackingError as error:
+        problems.append(str(error))
+    if (found := peek(settings.out / "checkpoints")) is not None:
+        console.print(f"would resume at step {found['step']}")
+    return problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; its exit code."""
+    return run("pretrain", PretrainSettings, work, check=check, description=DESCRIPTION, expected=EXPECTED, argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a user sees while a verb works: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mae_core.train import Report
+
+console = Console(highlight=False, soft_wrap=True)
+
+PLAIN_INTERVAL_S = 15
+"""Seconds between two lines where there is no terminal."""
+
+
+class TrainDisplay:
+    """Steps, loss, samples/s, waiting and time left of a training loop."""
+
+    def __init__(self, title: str, first: int, last: int, *, quiet: bool) -> None:
+        self.title, self.first, self.last = title, first, last
+        self.quiet = quiet
+        self.numbers: dict[str, float] = {}
+        self.began = self.printed = monotonic()
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self.task = self.bar.add_task(title, total=last, completed=first, text="")
+
+    def show(self, report: Report) -> None:
+        """Take in a report of the loop."""
+        self.numbers |= report.metrics
+        text = self._text()
+        self.bar.update(self.task, completed=report.step, text=text)
+        is_evaluation = any(name.startswith("val") for name in report.metrics)
+        due = monotonic() - self.printed >= PLAIN_INTERVAL_S or report.step == self.last
+        if self.quiet or console.is_terminal or not (is_evaluation or due):
+            return
+        self.printed = monotonic()
+        done = max(1, report.step - self.first)
+        left = (self.printed - self.began) / done * (self.last - report.step)
+        console.print(f"{self.title}  step {report.step}/{self.last}  {text}  {left:.0f} s left")
+
+    def _text(self) -> str:
+        known = {
+            "train/loss": "loss {:.4f}",
+            "speed/samples_per_second": "{:.0f} samples/s",
+            "speed/data_wait_fraction": "waiting {:.0%}",
+            "val/skill": "skill {:+.3f}",
+            "val_crops/mean_dice": "held-out Dice {:.3f}",
+        }
+        return "  ".join(text.format(self.numbers[name]) for name, text in known.items() if name in self.numbers)
+
+
+@contextmanager
+def training(title: str, first: int, last: int, *, quiet: bool) -> Iterator[TrainDisplay]:
+    """The display of a training loop from step `first` to `last`."""
+    display = TrainDisplay(title, first, last, quiet=quiet)
+    with display.bar:
+        yield display
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function `(done, total)` that moves a bar."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns after the first are right-aligned."""
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(head):
+        grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)

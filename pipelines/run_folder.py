@@ -1,0 +1,87 @@
+"""The folder of a run: which settings it was begun with, whether it is finished, and what it gave."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mae_core.settings import differences
+
+CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
+LIBRARIES = ("terravox", "torch", "numpy", "zarr", "rasterio", "nibabel", "monai", "mlflow")
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used as asked; the message says why and what to do."""
+
+
+def begin(out: Path, verb: str, config: Mapping[str, Any], may_differ: Collection[str]) -> dict[str, Any] | None:
+    """Claim a folder for a run, or go on in it; the result where the run is already finished.
+
+    Args:
+        out: New, empty, or the folder of a run of the same verb and settings.
+        verb: What is run.
+        config: Resolved settings.
+        may_differ: Dotted keys that a continued run may change.
+
+    Raises:
+        RunError: The folder holds something else, or a run with other settings; the message lists them.
+    """
+    if out.is_file():
+        raise RunError(f"--out {out} is a file; give the name of a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = _read(out / CONFIG)
+        if before is None:
+            strangers = [path.name for path in out.iterdir() if not path.name.endswith(".tmp")]
+            if strangers:
+                raise RunError(f"--out {out} is not empty and holds no run ({', '.join(sorted(strangers)[:3])}); choose another folder")
+            write_json(out / CONFIG, {"verb": verb, "settings": dict(config)})
+            return None
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+    if before["verb"] != verb:
+        raise RunError(f"--out {out} holds a run of {before['verb']}, not of {verb}; choose another folder")
+    other = differences(before["settings"], config, may_differ)
+    if other:
+        lines = "".join(f"\n  {line}" for line in other)
+        raise RunError(f"--out {out} holds a run with other settings; choose another folder, or give the old settings again:{lines}")
+    return _read(out / RESULT)
+
+
+def finish(out: Path, verb: str, config: Mapping[str, Any], facts: Mapping[str, Any], name: str = RESULT) -> dict[str, Any]:
+    """Write `result.json`: figures and digests with the settings and versions that gave them."""
+    result = {
+        "verb": verb,
+        **facts,
+        "config": dict(config),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+    write_json(out / name, result)
+    return result
+
+
+def recall(folder: Path, name: str = RESULT) -> dict[str, Any]:
+    """What a JSON file of a run folder holds; empty where it is missing."""
+    return _read(folder / name) or {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    aside.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged ({error}); choose another --out") from error
+    return content

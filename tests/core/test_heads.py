@@ -1,0 +1,96 @@
+"""The head brings any patch back to full resolution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mae_core.heads import HeadSettings, Segmenter, upsampling_factors
+from mae_core.vit import Encoder, EncoderSettings
+from tests.contracts import SegmenterContract
+
+
+def segmenter(patch: tuple[int, ...], channels: int = 3, classes: int = 4) -> Segmenter:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        encoder = Encoder(EncoderSettings(preset="nano", patch=patch, mlp_ratio=1), [f"c{number}" for number in range(channels)])
+        return Segmenter(encoder, HeadSettings(features=4), classes).eval()
+
+
+class NanoContract(SegmenterContract):
+    def build(self) -> nn.Module:
+        return segmenter(self.patch)
+
+
+class TestSegmenterOneAxis(NanoContract):
+    space, patch = (24,), (4,)
+
+
+class TestSegmenterTwoAxes(NanoContract):
+    space, patch = (12, 24), (4, 6)
+
+
+class TestSegmenterThreeAxes(NanoContract):
+    space, patch = (4, 8, 8), (2, 4, 4)
+
+
+@pytest.mark.parametrize("patch", [(8, 8), (4, 8, 8), (12, 12), (5,), (5, 5), (16, 16), (1, 1), (2, 1, 3), (7, 4)])
+@torch.no_grad()
+def test_scores_have_the_size_of_the_crop(patch: tuple[int, ...]) -> None:
+    space = tuple(2 * size for size in patch)
+    model = segmenter(patch)
+    scores = model(torch.randn(1, 3, *space), torch.ones(1, *space, dtype=torch.bool))
+    assert scores.shape == (1, 4, *space)
+    assert scores.isfinite().all()
+    assert len(model.taps) == len(model.head.factors)
+    assert model.taps[-1] == model.encoder.settings.depth - 1
+    assert list(model.taps) == sorted(model.taps)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=3))
+def test_the_product_of_the_factors_is_the_patch(patch: list[int]) -> None:
+    factors = upsampling_factors(patch)
+    for axis, size in enumerate(patch):
+        climb = [stage[axis] for stage in factors]
+        assert math.prod(climb) == size
+        assert all(factor == 1 or all(factor % part for part in range(2, factor)) for factor in climb), "prime steps"
+        assert climb == sorted(climb), "an axis that is done early rests first"
+    assert all(any(factor > 1 for factor in stage) for stage in factors) or set(patch) == {1}, "no stage does nothing"
+
+
+@pytest.mark.parametrize(
+    ("patch", "factors"),
+    [
+        ((8, 8), [(2, 2)] * 3),
+        ((4, 8, 8), [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),
+        ((12, 12), [(2, 2), (2, 2), (3, 3)]),
+        ((5, 5), [(5, 5)]),
+        ((1,), [(1,)]),
+    ],
+)
+def test_factors_of_usual_patches(patch: tuple[int, ...], factors: list[tuple[int, ...]]) -> None:
+    assert upsampling_factors(patch) == factors
+
+
+@torch.no_grad()
+def test_a_voxel_is_scored_where_it_lies() -> None:
+    """A change of one corner's pixels changes that corner's scores most, on every axis the right way round."""
+    model = segmenter((4, 4))
+    pixels, known = torch.zeros(1, 3, 8, 16), torch.ones(1, 8, 16, dtype=torch.bool)
+    before = model(pixels, known)
+    for row, column in ((0, 0), (0, 15), (7, 0), (7, 15)):
+        changed = pixels.clone()
+        changed[0, :, row, column] = 20
+        shift = (model(changed, known) - before).abs().sum(dim=1)[0]
+        top = divmod(int(shift.argmax()), 16)
+        assert (top[0] // 4, top[1] // 8) == (row // 4, column // 8)
+
+
+def test_features_are_a_multiple_of_the_groups() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        HeadSettings(features=10)

@@ -1,0 +1,193 @@
+"""Hidden sets have exact sizes, hide nothing invalid, and depend on the sample's name alone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mae_core.masking import (
+    STREAM_CROP,
+    STREAM_HIDE,
+    HidingPlan,
+    RandomHiding,
+    counter_below,
+    counter_bits,
+    hide,
+    num_kept,
+    plan_from_hidden,
+)
+from tests.contracts import HidingContract, hidden_set, shown_set
+from tests.synthetic_batches import generator
+
+LAST = 2**63 - 1
+
+
+class TestRandomHiding(HidingContract):
+    settings = RandomHiding(mask_ratio=0.6)
+
+
+def one(epoch: int = 0, tile: int = 7, repeat: int = 0, seed: int = 0, length: int = 64) -> HidingPlan:
+    name = (torch.tensor([number]) for number in (epoch, tile, repeat))
+    return hide(torch.ones(1, length, dtype=torch.bool), RandomHiding(), seed, *name)
+
+
+@pytest.mark.parametrize(
+    ("length", "ratio", "kept"),
+    [
+        (1000, 0.9, 100),
+        (1000, 0.8, 200),
+        (1000, 0.7, 300),
+        (196, 0.75, 49),
+        (196, 0.9, 20),
+        (512, 0.75, 128),
+        (216, 0.75, 54),
+        (216, 0.85, 32),
+        (7, 0.5, 4),
+        (10, 0.05, 9),
+        (3, 0.01, 2),
+        (2, 0.99, 1),
+        (1, 0.75, 1),
+        (0, 0.75, 0),
+    ],
+)
+def test_the_number_of_tokens_kept(length: int, ratio: float, kept: int) -> None:
+    assert num_kept(length, ratio) == kept
+    plan = hide(torch.ones(2, length, dtype=torch.bool), RandomHiding(mask_ratio=ratio), 0, *[torch.arange(2)] * 3)
+    assert plan.visible.shape == (2, kept)
+    assert plan.hidden.shape == (2, length - kept)
+    assert plan.full
+
+
+@given(st.integers(2, 5000), st.integers(1, 99))
+@example(1000, 90)
+def test_the_number_kept_is_the_exact_share_rounded_half_up(length: int, percent: int) -> None:
+    exact = math.floor(length * (1 - Fraction(percent, 100)) + Fraction(1, 2))
+    assert num_kept(length, percent / 100) == max(1, min(length - 1, exact))
+
+
+def splitmix(seed: int, *words: int) -> int:
+    """The same hash in Python's integers."""
+    state = seed % 2**64
+    for word in words:
+        state = (state * 0x9E3779B97F4A7C15 + word + 1) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state % 2**63
+
+
+@given(st.integers(0, LAST), st.lists(st.integers(-(2**63), LAST), min_size=1, max_size=4), st.booleans())
+@example(LAST, [LAST, LAST], True)
+@example(0, [0], False)
+@example(LAST, [-1, 2**32], False)
+def test_counter_bits_are_those_of_plain_integers(seed: int, words: list[int], as_tensor: bool) -> None:
+    given_words = [torch.tensor([word, 0]) for word in words] if as_tensor else words
+    bits = counter_bits(seed, *given_words)
+    assert bits.dtype == torch.int64
+    assert int(bits.reshape(-1)[0]) == splitmix(seed, *words)
+
+
+def test_counter_bits_broadcast_their_words() -> None:
+    rows, columns = torch.arange(3), torch.arange(5) * 2**40
+    bits = counter_bits(9, 4, rows[:, None], columns)
+    assert bits.tolist() == [[splitmix(9, 4, row, column) for column in columns.tolist()] for row in rows.tolist()]
+
+
+def test_streams_and_words_in_another_order_give_other_numbers() -> None:
+    assert counter_bits(0, STREAM_HIDE, 1, 2) != counter_bits(0, STREAM_CROP, 1, 2)
+    assert counter_bits(0, 1, 2) != counter_bits(0, 2, 1)
+
+
+def test_counter_below_reaches_every_number_equally() -> None:
+    drawn = counter_below(torch.tensor(7), 3, torch.arange(7000))
+    found = torch.bincount(drawn, minlength=7).double()
+    assert float(((found - 1000) ** 2 / 1000).sum()) < 22.5, "chi-square with 6 degrees of freedom, 1 in 1000"
+
+
+@given(st.integers(2, 40), st.sampled_from([0.25, 0.5, 0.75, 0.9]), st.integers(0, 2**16), st.integers(0, LAST))
+def test_any_batching_and_order_gives_the_same_sets(length: int, ratio: float, draw: int, seed: int) -> None:
+    settings = RandomHiding(mask_ratio=ratio)
+    valid = torch.rand(5, length, generator=generator(draw)) < 0.7
+    epoch, tile, repeat = (torch.randint(0, high, (5,), generator=generator(draw + 1)) for high in (3, LAST, 4))
+    whole = hide(valid, settings, seed, epoch, tile, repeat)
+    order = torch.randperm(5, generator=generator(draw + 2))
+    mixed = hide(valid[order], settings, seed, epoch[order], tile[order], repeat[order])
+    for place, index in enumerate(order.tolist()):
+        alone = hide(*(valid[index : index + 1], settings, seed), *(part[index : index + 1] for part in (epoch, tile, repeat)))
+        assert hidden_set(whole, index) == hidden_set(mixed, place) == hidden_set(alone, 0)
+        assert shown_set(whole, index) == shown_set(mixed, place) == shown_set(alone, 0)
+
+
+def test_every_part_of_the_name_and_the_seed_change_the_set() -> None:
+    sets = [one(), one(epoch=1), one(tile=8), one(repeat=1), one(seed=1), one(epoch=2**40)]
+    assert len({frozenset(hidden_set(plan, 0)) for plan in sets}) == len(sets)
+    assert hidden_set(one(), 0) == hidden_set(one(), 0)
+
+
+def test_every_place_is_hidden_equally_often() -> None:
+    samples, length, share = 4000, 16, 0.75
+    name = (torch.zeros(samples, dtype=torch.int64), torch.arange(samples), torch.zeros(samples, dtype=torch.int64))
+    plan = hide(torch.ones(samples, length, dtype=torch.bool), RandomHiding(mask_ratio=share), 11, *name)
+    found = torch.bincount(plan.hidden.flatten(), minlength=length).double()
+    wanted = samples * share
+    statistic = float(((found - wanted) ** 2 / (wanted * (1 - share))).sum()) * (length - 1) / length
+    assert statistic < 37.7, "chi-square with 15 degrees of freedom, 1 in 1000"
+
+
+def test_all_sets_are_equally_likely() -> None:
+    samples = 6000
+    name = (torch.arange(samples), torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64))
+    plan = hide(torch.ones(samples, 4, dtype=torch.bool), RandomHiding(mask_ratio=0.5), 12, *name)
+    found = torch.bincount((1 << plan.hidden).sum(dim=1), minlength=16).double()
+    found = found[found > 0]
+    assert len(found) == 6
+    assert float(((found - 1000) ** 2 / 1000).sum()) < 20.6, "chi-square with 5 degrees of freedom, 1 in 1000"
+
+
+def test_a_hidden_set_that_is_handed_in() -> None:
+    hidden = torch.tensor([[True, False, True, False, True], [False, True, False, True, True]])
+    plan = plan_from_hidden(hidden)
+    assert plan.full
+    assert plan.visible.tolist() == [[1, 3], [0, 2]]
+    assert plan.hidden.tolist() == [[0, 2, 4], [1, 3, 4]]
+
+
+@given(st.integers(1, 12), st.integers(0, 2**16))
+def test_uneven_hidden_sets_and_tokens_that_are_none(length: int, seed: int) -> None:
+    hidden = torch.rand(4, length, generator=generator(seed)) < 0.5
+    valid = torch.rand(4, length, generator=generator(seed + 1)) < 0.7
+    plan = plan_from_hidden(hidden, valid)
+    for index in range(4):
+        assert hidden_set(plan, index) == set(torch.nonzero(hidden[index] & valid[index]).flatten().tolist())
+        assert shown_set(plan, index) == set(torch.nonzero(~hidden[index] & valid[index]).flatten().tolist())
+    assert bool(plan.full) == bool(plan.visible_used.all() and plan.hidden_used.all())
+
+
+def test_shape_types_are_checked() -> None:
+    with pytest.raises(Exception, match="valid"):
+        hide(torch.ones(2, 8), RandomHiding(), 0, *[torch.zeros(2, dtype=torch.int64)] * 3)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
+def test_a_share_that_hides_nothing_or_all_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="mask_ratio"):
+        RandomHiding(mask_ratio=ratio)
+
+
+def mixed_valid(length: int) -> Tensor:
+    return torch.arange(length)[None] < torch.tensor([length, 0, 1, length // 2])[:, None]
+
+
+def test_slots_have_the_same_shape_whatever_is_valid() -> None:
+    name = [torch.arange(4)] * 3
+    plans = [hide(valid, RandomHiding(), 0, *name) for valid in (mixed_valid(20), torch.ones(4, 20, dtype=torch.bool))]
+    assert plans[0].visible.shape == plans[1].visible.shape == (4, 5)
+    assert plans[0].hidden.shape == plans[1].hidden.shape == (4, 15)
+    assert not plans[0].full
+    assert plans[1].full

@@ -1,0 +1,115 @@
+"""Patches and positions obey the same laws with one, two and three axes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mae_core.nd import patchify, per_axis, sincos_positions, take, token_grid, token_valid, unpatchify
+from tests.synthetic_batches import generator, grids, places
+
+
+def naive_patchify(array: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+    tokens = torch.empty(len(array), math.prod(grid), array.shape[1], math.prod(patch))
+    for token, corner in enumerate(places(grid)):
+        for voxel, inside in enumerate(places(patch)):
+            place = [c * p + i for c, p, i in zip(corner, patch, inside, strict=True)]
+            tokens[:, token, :, voxel] = array[(slice(None), slice(None), *place)]
+    return tokens
+
+
+def space_of(grid: tuple[int, ...], patch: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size * part for size, part in zip(grid, patch, strict=True))
+
+
+@given(grids(), st.integers(1, 2), st.integers(1, 3))
+def test_patchify_is_the_naive_loop_and_unpatchify_undoes_it(
+    case: tuple[tuple[int, ...], tuple[int, ...]], batch: int, channels: int
+) -> None:
+    grid, patch = case
+    array = torch.rand(batch, channels, *space_of(grid, patch), generator=generator(0))
+    tokens = patchify(array, patch)
+    assert torch.equal(tokens, naive_patchify(array, grid, patch))
+    assert torch.equal(unpatchify(tokens, grid, patch), array)
+
+
+@given(grids())
+def test_patchify_undoes_unpatchify(case: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    grid, patch = case
+    tokens = torch.rand(2, math.prod(grid), 3, math.prod(patch), generator=generator(0))
+    assert torch.equal(patchify(unpatchify(tokens, grid, patch), patch), tokens)
+
+
+@given(grids(max_patch=8))
+def test_the_grid_counts_tokens(case: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    grid, patch = case
+    assert token_grid(space_of(grid, patch), patch) == grid
+
+
+def test_a_wrong_space_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"space \(8, 8\) has 2 axes and patch \(4,\) has 1; give one patch size per axis"):
+        token_grid((8, 8), (4,))
+    with pytest.raises(ValueError, match=r"space \(8, 9\) is not a multiple of patch \(4, 4\) on every axis; change the crop or the patch"):
+        patchify(torch.zeros(1, 1, 8, 9), (4, 4))
+
+
+@given(st.integers(1, 3), st.integers(1, 9))
+def test_one_size_serves_every_axis(axes: int, size: int) -> None:
+    assert per_axis([size], axes, "patch") == (size,) * axes
+    assert per_axis(tuple(range(axes)), axes, "patch") == tuple(range(axes))
+
+
+def test_too_few_sizes_are_refused_by_the_name_of_the_setting() -> None:
+    with pytest.raises(ValueError, match=r"model\.patch=\[4, 8\] gives 2 sizes and the data have 3 axes; give one size or 3"):
+        per_axis((4, 8), 3, "model.patch")
+
+
+@given(st.integers(1, 4), st.integers(0, 5), st.integers(0, 2**16))
+def test_take_is_indexing(batch: int, count: int, seed: int) -> None:
+    tokens = torch.rand(batch, 6, 2, 3, generator=generator(seed))
+    ids = torch.randint(0, 6, (batch, count), generator=generator(seed))
+    assert torch.equal(take(tokens, ids), tokens[torch.arange(batch)[:, None], ids])
+    assert torch.equal(take(tokens[:, :, 0, 0], ids), tokens[:, :, 0, 0][torch.arange(batch)[:, None], ids])
+
+
+@given(grids(), st.integers(0, 2**16), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_a_token_has_enough_voxels_that_count(case: tuple[tuple[int, ...], tuple[int, ...]], seed: int, least: float) -> None:
+    grid, patch = case
+    counted = torch.rand(2, *space_of(grid, patch), generator=generator(seed)) < 0.4
+    numbers = naive_patchify(counted[:, None].float(), grid, patch).sum(dim=(2, 3))
+    expected = [[number > 0 and number >= least * math.prod(patch) for number in row] for row in numbers.tolist()]
+    assert token_valid(counted, patch, least).tolist() == expected
+
+
+def test_positions_are_the_written_formula() -> None:
+    grid, dim, pairs = (2, 3, 4), 20, 3
+    codes = sincos_positions(grid, dim)
+    for token, place in enumerate(places(grid)):
+        for axis, at in enumerate(place):
+            for k in range(pairs):
+                angle = at / 10000 ** (k / pairs)
+                assert float(codes[token, 2 * axis * pairs + k]) == pytest.approx(math.sin(angle), abs=1e-6)
+                assert float(codes[token, (2 * axis + 1) * pairs + k]) == pytest.approx(math.cos(angle), abs=1e-6)
+    assert not codes[:, 18:].any(), "what is left of the width stays zero"
+
+
+def test_the_first_half_of_the_positions_is_the_row() -> None:
+    codes = sincos_positions((3, 5), 16).reshape(3, 5, 16)
+    assert torch.equal(codes[:, :, :8], codes[:, :1, :8].expand(3, 5, 8)), "varies along rows only"
+    assert torch.equal(codes[:, :, 8:], codes[:1, :, 8:].expand(3, 5, 8)), "varies along columns only"
+
+
+@given(grids(max_grid=6))
+def test_no_two_places_have_the_same_code(case: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    grid, _ = case
+    assert len(torch.unique(sincos_positions(grid, 12), dim=0)) == math.prod(grid)
+
+
+def test_a_width_without_room_for_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="a width of 4 is too small for positions on 3 axes; use at least 6"):
+        sincos_positions((2, 2, 2), 4)

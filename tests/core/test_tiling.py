@@ -1,0 +1,93 @@
+"""Windows cover the scene and overlap as asked; blending is exact where the predictions agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mae_core.tiling import Window, blend_weights, blended, windows
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    axes = draw(st.integers(1, 3))
+    space = draw(st.tuples(*[st.integers(1, 30 if axes < 3 else 14)] * axes))
+    crop = draw(st.tuples(*[st.integers(2, 12)] * axes))
+    return space, crop, draw(st.sampled_from([0.0, 0.25, 0.5, 0.7]))
+
+
+@given(scenes())
+def test_windows_cover_the_scene_and_stay_in_it(case: tuple[tuple[int, ...], tuple[int, ...], float]) -> None:
+    space, crop, overlap = case
+    seen = torch.zeros(space, dtype=torch.int64)
+    for window in windows(space, crop, overlap):
+        assert all(0 <= part.start < part.stop <= size for part, size in zip(window, space, strict=True))
+        assert [part.stop - part.start for part in window] == [min(pair) for pair in zip(space, crop, strict=True)]
+        seen[window] += 1
+    assert seen.min() >= 1
+
+
+@given(st.integers(2, 200), st.integers(1, 40), st.integers(0, 95))
+def test_neighbours_share_at_least_what_was_asked(size: int, crop: int, percent: int) -> None:
+    starts = [window[0].start for window in windows((size,), (crop,), percent / 100)]
+    steps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    assert all(step >= 1 for step in steps)
+    assert all(100 * (crop - step) >= crop * percent or step == 1 for step in steps)
+    assert max(steps, default=0) - min(steps, default=0) <= 1, "evenly spread"
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "overlap", "count"), [(100, 10, 0.0, 10), (100, 10, 0.9, 91), (96, 64, 0.5, 2), (96, 32, 0.5, 5), (8, 8, 0.5, 1)]
+)
+def test_no_more_windows_than_needed(size: int, crop: int, overlap: float, count: int) -> None:
+    assert len(list(windows((size,), (crop,), overlap))) == count
+
+
+def test_weights_are_a_gaussian_that_is_never_nothing() -> None:
+    weights = blend_weights((16, 8))
+    assert weights.shape == (16, 8)
+    assert weights.min() == pytest.approx(1e-3)
+    assert torch.equal(weights, weights.flip([0, 1]))
+    assert float(weights[8, 4]) == pytest.approx(math.exp(-0.5 * (0.5 / 2) ** 2 - 0.5 * 0.5**2))
+
+
+def field(window: Window, space: tuple[int, ...]) -> Tensor:
+    """Two classes whose values tell the place in the scene."""
+    number = torch.arange(math.prod(space), dtype=torch.float32).reshape(space) / math.prod(space)
+    return torch.stack([number, 1 - number])[(slice(None), *window)]
+
+
+@given(scenes())
+def test_a_function_of_the_place_is_reproduced(case: tuple[tuple[int, ...], tuple[int, ...], float]) -> None:
+    space, crop, overlap = case
+    result = blended(space, crop, overlap, lambda window: field(window, space))
+    torch.testing.assert_close(result, field((slice(None),) * len(space), space), rtol=0, atol=2e-6)
+
+
+def test_a_constant_stays_itself() -> None:
+    result = blended((50, 33), (16, 12), 0.5, lambda window: torch.full((3, *(part.stop - part.start for part in window)), 0.25))
+    torch.testing.assert_close(result, torch.full((3, 50, 33), 0.25), rtol=0, atol=1e-6)
+
+
+def test_what_a_model_pads_is_cut_off() -> None:
+    space, crop = (5, 20), (8, 8)
+
+    def predict(window: Window) -> Tensor:
+        inside = field(window, space)
+        return torch.nn.functional.pad(inside, (0, 8 - inside.shape[2], 0, 8 - inside.shape[1]), value=99.0)
+
+    torch.testing.assert_close(blended(space, crop, 0.5, predict), field((slice(None),) * 2, space), rtol=0, atol=1e-6)
+
+
+def test_the_middle_of_a_window_weighs_more_than_its_border() -> None:
+    """Two windows that disagree: each voxel leans to the window in which it is nearer to the centre."""
+    result = blended((12,), (8,), 0.5, lambda window: torch.full((1, 8), float(window[0].start > 0)))[0]
+    assert result[:4].tolist() == [0] * 4
+    assert result[8:].tolist() == [1] * 4
+    assert float(result[4]) < 0.5 < float(result[7])
+    assert float(result[5] + result[6]) == pytest.approx(1)

@@ -1,0 +1,279 @@
+"""Killed anywhere and run again, a preparation ends in the same bytes; what is not its own it leaves alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import mae_core.store_writer
+import pipelines.preparation
+from pipelines.preparation import PreparationError, PrepareSettings, prepare
+from pipelines.tiling_plan import SplitSettings
+from tests.synthetic_scenes import Scenes, SyntheticScene, make_scene, three_places, tree
+
+HERE = PrepareSettings(tile=(8, 8), tiles_per_shard=4, num_workers=0)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def changed(settings: PrepareSettings = HERE, **values: Any) -> PrepareSettings:
+    return PrepareSettings(**{**settings.model_dump(), **values})
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Scenes:
+    return three_places(tmp_path)
+
+
+def fail_after(shards: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done >= shards:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_interrupted_after_any_shard_it_finishes_the_rest(scenes: Scenes, tmp_path: Path) -> None:
+    whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
+    assert "manifest.json" in whole
+    assert not any(name.startswith("progress") for name in whole)
+    for shards in range(4):
+        out = tmp_path / f"broken{shards}"
+        with pytest.raises(KeyboardInterrupt):
+            prepare(scenes, out, HERE, progress=fail_after(shards))
+        done: list[int] = []
+        prepare(scenes, out, HERE, progress=lambda count, _, done=done: done.append(count))  # type: ignore[misc]
+        assert done == list(range(shards, 5)), "what was finished is not done again"
+        assert tree(out) == whole
+
+
+def test_stopped_at_any_write_it_ends_in_the_same_bytes(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each rename in turn; nothing is tidied up on the way down, as after a kill."""
+    whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
+    commit = mae_core.store_writer._commit
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    stop = {"at": -1, "count": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def stopping(stream: Any, path: Path) -> None:
+        stop["count"] += 1
+        if stop["count"] * 2 == stop["at"]:
+            stream.flush()
+            shutil.copy(stream.name, f"{stream.name}.left.tmp")
+            raise Killed
+        commit(stream, path)
+        if stop["count"] * 2 + 1 == stop["at"]:
+            raise Killed
+
+    monkeypatch.setattr(mae_core.store_writer, "_commit", stopping)
+    out = tmp_path / "broken"
+    points = 2 * (1 + 4 * 3 + 6) + 2
+    for at in range(2, points):
+        stop.update(at=at, count=0)
+        with pytest.raises(Killed):
+            prepare(scenes, out, HERE)
+        stop.update(at=-1)
+        prepare(scenes, out, HERE)
+        assert tree(out) == whole, f"stopped at {at}"
+        shutil.rmtree(out)
+    stop.update(at=points, count=0)
+    prepare(scenes, out, HERE)
+    assert stop["count"] * 2 + 2 == points, "every write was a stop once"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from pipelines.preparation import PrepareSettings, prepare
+from tests.pipelines.test_preparation_resume import killed_scenes
+if __name__ == "__main__":
+    def progress(done, total):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    folder = Path({folder!r})
+    prepare(killed_scenes(folder), folder / "out", PrepareSettings(tile=(8, 8), tiles_per_shard=2, num_workers=2), progress=progress)
+"""
+
+
+def killed_scenes(folder: Path) -> Scenes:
+    return Scenes(tuple(make_scene(folder, f"s{n}", (17, 9)) for n in range(3)))
+
+
+def test_killed_with_dask_and_run_again_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL with two workers, then two workers to the end; none in this process and one worker give the same store."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(ROOT), folder=str(tmp_path)))
+    result = subprocess.run([sys.executable, "-W", "error", str(script)], capture_output=True, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    assert len(list((tmp_path / "out" / "progress").glob("shard-*.json"))) >= 2
+    scenes = killed_scenes(tmp_path)
+    settings = changed(tiles_per_shard=2, num_workers=2)
+    report = prepare(scenes, tmp_path / "out", settings)
+    assert not report.already_done
+    whole = tree(tmp_path / "out")
+    for workers in (0, 1):
+        prepare(scenes, tmp_path / f"with{workers}", changed(settings, num_workers=workers))
+        assert tree(tmp_path / f"with{workers}") == whole
+
+
+def test_no_worker_is_left_behind(tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(KeyboardInterrupt):
+        prepare(killed_scenes(tmp_path), tmp_path / "out", changed(num_workers=1), progress=fail_after(1))
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert [child.cmdline() for child in left if "resource_tracker" not in " ".join(child.cmdline())] == []
+
+
+def test_a_finished_store_is_left_as_it_is(scenes: Scenes, tmp_path: Path) -> None:
+    first = prepare(scenes, tmp_path / "out", HERE)
+    before = {file: file.stat().st_mtime_ns for file in first.path.rglob("*")}
+    again = prepare(Scenes(scenes.scenes[::-1]), tmp_path / "out", changed(num_workers=7, memory_limit="1GiB"))
+    assert again.already_done
+    assert again.digest == first.digest
+    assert (again.accepted, again.tiles, again.num_bytes) == (first.accepted, first.tiles, first.num_bytes)
+    assert before == {file: file.stat().st_mtime_ns for file in first.path.rglob("*")}
+    assert "already prepared" in again.summary()
+    assert first.num_bytes == sum(file.stat().st_size for file in first.path.rglob("*") if file.is_file() and file.name != "manifest.json")
+
+
+def test_a_finished_store_that_lost_a_shard_is_refused_by_name(scenes: Scenes, tmp_path: Path) -> None:
+    prepare(scenes, tmp_path / "out", HERE)
+    (tmp_path / "out/quality/c/1/0/0").unlink()
+    with pytest.raises(PreparationError, match=r"quality shard c/1/0/0 \(tiles 4–7\) is missing"):
+        prepare(scenes, tmp_path / "out", HERE)
+
+
+def test_a_shard_that_changed_since_is_done_again(scenes: Scenes, tmp_path: Path) -> None:
+    whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(scenes, tmp_path / "out", HERE, progress=fail_after(3))
+    (tmp_path / "out/pixels/c/1/0/0/0").write_bytes(b"")
+    (tmp_path / "out/progress/shard-00000.json").write_text("{")
+    done: list[int] = []
+    prepare(scenes, tmp_path / "out", HERE, progress=lambda count, _: done.append(count))
+    assert done[0] == 1
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_plan_is_refused_and_says_what_differs(scenes: Scenes, tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "out"
+    if finished:
+        prepare(scenes, out, HERE)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(scenes, out, HERE, progress=fail_after(1))
+    before = tree(out)
+    with pytest.raises(
+        PreparationError, match=r"another plan; choose another --out or delete(?s:.*)settings.tile: \[8, 8\] there, \[4, 8\] now"
+    ):
+        prepare(scenes, out, changed(tile=(4, 8)))
+    with pytest.raises(PreparationError, match=r"settings.split.seed: 0 there, 1 now"):
+        prepare(scenes, out, changed(split=SplitSettings(seed=1)))
+    with pytest.raises(PreparationError, match=r"num_scenes: 3 there, 2 now"):
+        prepare(Scenes(scenes.scenes[:2]), out, HERE)
+    with pytest.raises(PreparationError, match=r"attributes.kind: None there, x now"):
+        prepare(scenes, out, HERE, attributes={"kind": "x"})
+    assert tree(out) == before
+    np.save(scenes.scenes[0].files[1], np.zeros((20, 13), np.uint8))
+    with pytest.raises(PreparationError, match=r"What differs:\n  files"):
+        prepare(scenes, out, HERE)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(scenes: Scenes, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(PreparationError, match=r"is not empty and holds no tile store \(thesis.txt, …\)"):
+        prepare(scenes, tmp_path / "full", HERE)
+    assert tree(tmp_path / "full") == {"thesis.txt": b"years of work"}
+    (tmp_path / "full" / "manifest.json").write_text("{}")
+    with pytest.raises(PreparationError, match=r"holds a manifest.json that is not of a tile store"):
+        prepare(scenes, tmp_path / "full", HERE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreparationError, match=r"file is a file; --out wants a folder"):
+        prepare(scenes, tmp_path / "file", HERE)
+    with pytest.raises(PreparationError, match=r"cannot be written: .*Not a directory"):
+        prepare(scenes, tmp_path / "file" / "below", HERE)
+
+
+def test_two_runs_do_not_write_one_folder(scenes: Scenes, tmp_path: Path) -> None:
+    def second(done: int, total: int) -> None:
+        with pytest.raises(PreparationError, match="another run is preparing"):
+            prepare(scenes, tmp_path / "out", HERE)
+
+    prepare(scenes, tmp_path / "out", HERE, progress=second)
+
+
+def test_a_full_disk_is_said_before_and_during(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+        with pytest.raises(PreparationError, match=r"out has 0.0 GiB free, the tiles need up to 0.0 GiB uncompressed"):
+            prepare(scenes, tmp_path / "out", HERE)
+    commit = mae_core.store_writer._commit
+
+    def full(stream: Any, path: Path) -> None:
+        if path.parts[-5:-3] == ("c", "2") or path.name == "index.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(stream, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mae_core.store_writer, "_commit", full)
+        for _ in range(2):
+            with pytest.raises(PreparationError, match=r"cannot be written: .*No space left on device. What is finished is kept"):
+                prepare(scenes, tmp_path / "out", HERE)
+    assert len(list((tmp_path / "out/progress").glob("shard-*"))) >= 2
+    assert not list(tmp_path.rglob("*.tmp"))
+    prepare(scenes, tmp_path / "out", HERE)
+    assert tree(tmp_path / "out") == tree(prepare(scenes, tmp_path / "whole", HERE).path)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines.preparation, "CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(PreparationError, match=r"no dask scheduler answers at tcp://127.0.0.1:9"):
+        prepare(scenes, tmp_path / "out", changed(scheduler="tcp://127.0.0.1:9"))
+
+
+def test_a_running_scheduler_is_used(scenes: Scenes, tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        prepare(scenes, tmp_path / "out", changed(scheduler=cluster.scheduler_address))
+    assert tree(tmp_path / "out") == tree(prepare(scenes, tmp_path / "whole", HERE).path)
+
+
+@dataclass(frozen=True)
+class DeadlyScene(SyntheticScene):
+    """Kills the process that reads it, as the kernel does for want of memory."""
+
+    def read(self, window: Any) -> Any:
+        os._exit(9)
+
+
+def test_a_worker_that_dies_is_said_with_its_scenes(scenes: Scenes, tmp_path: Path) -> None:
+    import dask
+
+    deadly = Scenes((*scenes.scenes[:2], DeadlyScene(**vars(scenes.scenes[2]))))
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        pytest.raises(
+            PreparationError, match=r"the worker that writes shard 3 of .* \(scenes c\) died(?s:.*)2GiB each\): raise prepare.memory_limit"
+        ),
+    ):
+        prepare(deadly, tmp_path / "out", changed(num_workers=1))

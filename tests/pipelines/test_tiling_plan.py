@@ -1,0 +1,120 @@
+"""Tiles cover every scene once, and nothing that is held out shares ground with what is trained on."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modalities.grid import Grid
+from pipelines.tiling_plan import (
+    PlannedTile,
+    PreparationError,
+    SplitSettings,
+    held_out_groups,
+    overlapping,
+    plan_tiles,
+    tile_grid,
+)
+from tests.synthetic_scenes import SyntheticScene
+
+sides = st.integers(1, 12)
+spaces = st.integers(1, 3).flatmap(lambda axes: st.tuples(*[st.tuples(st.integers(1, 30), sides)] * axes))
+
+
+def scene(name: str, space: tuple[int, ...], group: str = "here", matrix: np.ndarray | None = None, frame: str = "") -> SyntheticScene:
+    matrix = np.eye(len(space) + 1) if matrix is None else matrix
+    return SyntheticScene(name, group, Path(), Grid.from_matrix(space, matrix, frame, "m"), (), np.dtype("uint8"))
+
+
+@given(spaces)
+def test_owned_boxes_partition_a_scene(axes: tuple[tuple[int, int], ...]) -> None:
+    space, tile = (tuple(pair) for pair in zip(*axes, strict=True))
+    owned, covered = np.zeros(space, int), np.zeros(space, int)
+    tiles = plan_tiles([scene("s", space)], tile, 2)
+    for planned in tiles:
+        assert planned.extent == tuple(min(size, side) for size, side in axes), "every tile is full where the scene is large enough"
+        assert all(own <= size for own, size in zip(planned.owned, planned.extent, strict=True))
+        owned[tuple(slice(start, start + size) for start, size in zip(planned.origin, planned.owned, strict=True))] += 1
+        assert covered[planned.window].shape == planned.extent
+        covered[planned.window] += 1
+    assert (owned == 1).all()
+    assert covered.min() >= 1
+    assert len(tiles) == prod(-(-size // side) for size, side in axes), "no more tiles than are needed"
+
+
+def test_ids_are_positions_over_all_scenes_and_origins_are_evenly_spaced() -> None:
+    tiles = plan_tiles([scene("a", (10, 4)), scene("b", (3, 4))], (4, 4), 2)
+    assert [tile.tile for tile in tiles] == [0, 1, 2, 3]
+    assert [tile.scene for tile in tiles] == [0, 0, 0, 1]
+    assert [tile.origin for tile in tiles] == [(0, 0), (3, 0), (6, 0), (0, 0)]
+    assert [tile.owned for tile in tiles] == [(3, 4), (3, 4), (4, 4), (3, 4)]
+    assert [tile.block for tile in tiles] == [(0, 0), (0, 0), (1, 0), (0, 0)]
+
+
+def test_a_tile_knows_its_place() -> None:
+    matrix = np.array([[0, -10.0, 500], [20, 0, 700], [0, 0, 1]])
+    [*_, last] = plan_tiles([scene("a", (10, 4), matrix=matrix)], (4, 4), 2)
+    assert tile_grid(scene("a", (10, 4), matrix=matrix), last).world((1, 2)) == scene("a", (10, 4), matrix=matrix).grid.world((7, 2))
+
+
+def test_another_number_of_axes_is_refused() -> None:
+    with pytest.raises(PreparationError, match=r"scene b has 3 axes \(3, 4, 5\), prepare.tile has 2"):
+        plan_tiles([scene("b", (3, 4, 5))], (4, 4), 2)
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 50), min_size=2, max_size=12),
+    st.floats(0.01, 0.9),
+    st.integers(0, 5),
+)
+def test_enough_is_held_out_and_something_is_left(sizes: dict[str, int], fraction: float, seed: int) -> None:
+    split = SplitSettings(val_fraction=fraction, seed=seed)
+    held = held_out_groups(sizes, split)
+    assert 1 <= len(held) < len(sizes)
+    assert sum(sizes[name] for name in held) >= fraction * sum(sizes.values()) or len(held) == len(sizes) - 1
+    assert held == held_out_groups(dict(reversed(sizes.items())), split), "the order of the scenes does not matter"
+
+
+def test_the_seed_draws_the_groups() -> None:
+    sizes = {f"patient {number}": 1 for number in range(50)}
+    draws = {held_out_groups(sizes, SplitSettings(seed=seed)) for seed in range(5)}
+    assert len(draws) == 5
+    assert held_out_groups(sizes, SplitSettings(val_fraction=0)) == frozenset()
+    assert {len(draw) for draw in draws} == {5}
+
+
+def test_one_group_cannot_be_held_out() -> None:
+    with pytest.raises(PreparationError, match=r"one group \(a\).*prepare.split.unit=block.*val_fraction=0"):
+        held_out_groups({"a": 7}, SplitSettings())
+    with pytest.raises(PreparationError, match="block_tiles smaller"):
+        held_out_groups({"a block 0-0": 7}, SplitSettings(unit="block"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_overlap_is_found_as_by_painting_the_ground(data: st.DataObject) -> None:
+    shift = data.draw(st.integers(-6, 6))
+    moved = np.array([[1.0, 0, shift], [0, -1, 5], [0, 0, 1]])
+    scenes = [scene("a", (12, 9)), scene("b", (10, 7), matrix=moved), scene("c", (12, 9), group="elsewhere")]
+    tiles = plan_tiles(scenes, (4, 3), 1)
+    held = data.draw(st.sets(st.sampled_from(tiles), min_size=1, max_size=5))
+
+    def ground(tile: PlannedTile) -> set[tuple[str, float, float]]:
+        own = scenes[tile.scene]
+        return {(own.group, *own.grid.window(tile.window).world(index)) for index in np.ndindex(*tile.extent)}  # type: ignore[misc]
+
+    taken = set().union(*(ground(tile) for tile in held))
+    train = [tile for tile in tiles if tile not in held]
+    assert overlapping(scenes, train, sorted(held, key=lambda tile: tile.tile)) == {tile.tile for tile in train if ground(tile) & taken}
+
+
+def test_blocks_of_a_place_in_two_frames_are_refused() -> None:
+    scenes = [scene("a", (4, 4), frame="EPSG:32632"), scene("b", (4, 4), frame="EPSG:32633")]
+    tiles = plan_tiles(scenes, (4, 4), 1)
+    with pytest.raises(PreparationError, match=r"2 different frames.*unit=scene"):
+        overlapping(scenes, tiles[:1], tiles[1:])
