@@ -16,7 +16,6 @@ from torch import Tensor
 from mae_core.masking import STREAM_CROP, STREAM_FLIP, counter_below, counter_bits
 from mae_core.settings import Settings
 
-
 _SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 

@@ -64,11 +64,9 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space" if full else "check the folder"
         raise CheckpointError(
             f"checkpoint of step {state.step} could not be written to {folder}: {error}; "
-            f"earlier checkpoints are intact, {advice} and run again"
+            f"earlier checkpoints are intact, {advice(error)} and run again"
         ) from error
     found = steps(folder)
     count = found.index(final) + 1
@@ -145,6 +143,13 @@ def verify(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
+
+
+def advice(error: OSError | SafetensorError) -> str:
+    """What to do about an error of writing. Safetensors tells the number of a system error in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    is_full = getattr(error, "errno", None) in full or any(f"os error {code})" in str(error) for code in full)
+    return "free some space" if is_full else "check the folder"
 
 
 def sha256(path: Path) -> str:

@@ -84,13 +84,14 @@ class Pretraining:
         """`val/error` and `val/skill`, overall and per channel.
 
         Skill is 1 − error / error of the best trivial predictor, all in the space of the target. Trivial predictors are
-        the mean of the sample's visible patches, and interpolation from its visible tokens by inverse distance.
-        The best is chosen per channel, and once more for the total.
+        zero (each patch's own mean where the target is normalised, the channel's where it is not), the mean of the
+        sample's visible patches, and interpolation from its visible tokens by inverse distance. The best is chosen per
+        channel, and once more for the total.
         """
         assert isinstance(model, MaskedAutoencoder)
         if not len(self.held_out):
             return
-        sums = torch.zeros(4, len(self.store.channels), dtype=torch.float64)
+        sums = torch.zeros(5, len(self.store.channels), dtype=torch.float64)
         panels: list[Panel] = []
         plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, self.seed, None)
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
@@ -113,17 +114,15 @@ class Pretraining:
         return hide(valid, self.hiding, seed, batch.sample.epoch, batch.sample.tile, batch.sample.repeat)
 
 
-def trivial_errors(
-    batch: Batch, plan: HidingPlan, output: MaeOutput, settings: ModelSettings
-) -> tuple[Float[Tensor, "batch channel"], Float[Tensor, "batch channel"]]:
-    """Summed squared errors of the two trivial predictors over the elements that the model is judged on."""
+def trivial_errors(batch: Batch, plan: HidingPlan, output: MaeOutput, settings: ModelSettings) -> list[Float[Tensor, "batch channel"]]:
+    """Summed squared errors of zero, visible mean and interpolation over the elements that the model is judged on."""
     patch = settings.encoder.patch
     grid = token_grid(batch.pixels.shape[2:], patch)
     counted = take(patchify(batch.counted[:, None], patch), plan.visible)
     counted = counted & batch.present[:, None, :, None] & plan.visible_used[:, :, None, None]
     seen = make_target(take(patchify(batch.pixels, patch), plan.visible), counted, settings.target)
     near = _closeness(grid, plan)
-    errors = []
+    errors = [torch.where(output.target.counted, output.target.values, 0.0).square().sum(dim=(1, 3))]
     with torch.autocast(near.device.type, enabled=False):
         for weights in (torch.ones_like(near), near):
             total = torch.einsum("bhv,bvcp->bhcp", weights, torch.where(seen.counted, seen.values, 0.0))
@@ -131,7 +130,7 @@ def trivial_errors(
             guess = total / share.clamp(min=1e-12)
             wrong = torch.where(output.target.counted, guess - output.target.values, 0.0).square()
             errors.append(wrong.sum(dim=(1, 3)))
-    return errors[0], errors[1]
+    return errors
 
 
 def make_panel(index: int, batch: Batch, plan: HidingPlan, output: MaeOutput, patch: Sequence[int], channels: tuple[str, ...]) -> Panel:
@@ -163,12 +162,13 @@ def _closeness(grid: Sequence[int], plan: HidingPlan) -> Float[Tensor, "batch hi
 
 
 def _skill(suffix: str, sums: Tensor) -> Iterator[tuple[str, float]]:
-    model, mean, interpolated, count = (float(value) for value in sums)
+    model, zero, mean, interpolated, count = (float(value) for value in sums)
     if count == 0:
         return
     yield f"val/error{suffix}", model / count
-    best = min(mean, interpolated)
+    best = min(zero, mean, interpolated)
     yield f"val/skill{suffix}", 1 - model / best if best > 0 else 0.0
     if not suffix:
+        yield "val/error_of_zero", zero / count
         yield "val/error_of_visible_mean", mean / count
         yield "val/error_of_interpolation", interpolated / count

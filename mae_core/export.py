@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mae_core.checkpoint import seal, sha256, verify
+from mae_core.checkpoint import advice, seal, sha256, verify
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.settings import Settings
 from mae_core.vit import Encoder, EncoderSettings
@@ -21,7 +22,7 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
 
 class ModelError(ValueError):
-    """A model folder is damaged or not of the kind that is wanted."""
+    """A model folder is damaged, not of the kind that is wanted, or cannot be written."""
 
 
 class Description(Settings):
@@ -61,15 +62,23 @@ class Description(Settings):
 
 
 def save_model(folder: Path, model: nn.Module, description: Description) -> str:
-    """Write a model folder, whole or not at all; SHA-256 of the weights."""
+    """Write a model folder, whole or not at all; SHA-256 of the weights.
+
+    Raises:
+        ModelError: The disk is full or not writable.
+    """
     aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, aside / WEIGHTS)
-    (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
-    seal(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, aside / WEIGHTS)
+        (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
+        seal(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise ModelError(f"the model could not be written to {folder}: {error}; {advice(error)} and run again") from error
     return sha256(folder / WEIGHTS)
 
 

@@ -36,7 +36,7 @@ class Parallel:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes."""

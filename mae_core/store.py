@@ -244,8 +244,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if found != (FORMAT, FORMAT_VERSION):
         raise StoreError(f"{path} is of format {found[0]} {found[1]}, this version reads {FORMAT} {FORMAT_VERSION}; prepare it again")
     for name in digests:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not (path / name).resolve().is_relative_to(path.resolve()):
+        if not (path / name).resolve().is_relative_to(path.resolve()):
             raise StoreError(f"{path}/manifest.json lists {name}, which lies outside the store")
     if manifest.get("store_digest") != store_digest(manifest["files"]):
         raise StoreError(f"{path}/manifest.json is altered: its list of files does not give its store_digest")

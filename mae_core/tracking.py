@@ -92,7 +92,7 @@ class Tracker:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        mlflow.set_tracking_uri(self.uri)
+        _use(self.uri)
         mlflow.set_system_metrics_sampling_interval(METRIC_INTERVAL_S)
         hidden = {"mlflow.user": _pseudonym(), "mlflow.source.name": tags["source"]}
         try:
@@ -184,7 +184,7 @@ class Tracker:
             else TensorSpec(np.dtype(np.float32), (-1, -1, -1))
         )
         package = Path(__file__).parent
-        mlflow.set_tracking_uri(self.uri)
+        _use(self.uri)
         info = mlflow.pyfunc.log_model(
             name=description.kind,
             python_model=str(package / "served_model.py"),
@@ -256,6 +256,18 @@ def redacted(uri: str) -> str:
     """A URI without user and password."""
     head, _, tail = uri.rpartition("@")
     return f"{head.partition('://')[0]}://…@{tail}" if head else uri
+
+
+def _use(uri: str) -> None:
+    """Make `mlflow.log_…` write to a tracking store; the environment, by which MLflow would tell it to the next job, stays as it is."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _client(uri: str) -> MlflowClient:

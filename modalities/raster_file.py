@@ -48,6 +48,9 @@ MAX_BLOCK_BYTES = 1 << 30
 """Any read unpacks whole blocks; one block (all bands of it where they are interleaved) may take up to 1 GiB, which
 leaves room for a 10980² image of four 16-bit bands in a single strip."""
 
+MAX_BANDS = 1024
+"""More than any imaging spectrometer has; a damaged header easily says 65535, which takes minutes to look through."""
+
 REMOTE = re.compile(r"[A-Za-z][\w.+-]*:/")
 """A path that begins with a protocol, also after `pathlib` made one slash of two."""
 
@@ -128,9 +131,9 @@ def inspect(path: Path, relative: str, *, colour_table: bool = False) -> RasterF
     """
     try:
         with opened(path) as source:
+            _refuse(source, path.stat().st_size)
             if ColorInterp.palette in source.colorinterp and not colour_table:
                 raise SceneError("its values are entries of a colour table, not measurements; expand it to RGB or remove the table")
-            _refuse(source, path.stat().st_size)
             header = _header(source, path, relative)
             height, width = source.shape
             rows, columns = source.block_shapes[0]
@@ -210,6 +213,8 @@ def same_frame(one: str, other: str) -> bool:
 
 
 def _refuse(source: Any, size: int) -> None:
+    if source.count > MAX_BANDS:
+        raise SceneError(f"it has {source.count} bands, more than {MAX_BANDS}; split it, or it is damaged")
     dtypes = source.dtypes
     if any(dtype.startswith("complex") for dtype in dtypes):
         raise SceneError(f"its values are complex numbers ({dtypes[0]}); export amplitude or power")

@@ -28,7 +28,7 @@ from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, columns_of, confusion_by_scene, layer_number, measures
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
-from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, fetch_model
+from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
 from mae_core.vit import Encoder
 from modalities.catalogue import ReaderSettings, match_labels, scan
@@ -40,7 +40,7 @@ from pipelines.prepare import TILES, prepare_store, store_attributes
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
-from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, RunError, SceneError, PreparationError, ModelError)
@@ -103,7 +103,7 @@ class Job:
 
 def work(settings: FinetuneSettings) -> int:
     """Do it."""
-    folder, version = encoder_folder(settings.encoder, settings.tracking, settings.out)
+    folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
     store = labelled_store(settings, about)
     crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
@@ -140,26 +140,6 @@ def labelled_store(settings: FinetuneSettings, about: Description) -> TileStore:
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
     prepare_store(catalogue, path, reader, prepare, labels)
     return TileStore.open(path)
-
-
-def encoder_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path, Registered | None]:
-    """Model folder of a run or of a registered version.
-
-    Raises:
-        RunError: `name` is neither.
-    """
-    if name.startswith("models:/"):
-        return fetch_model(name, tracking, out)
-    run_folder = Path(name)
-    if not run_folder.is_dir():
-        raise RunError(f"{name} is neither the folder of a run nor models:/NAME@ALIAS")
-    result = recall(run_folder)
-    uri = str(result.get("mlflow", {}).get("model", ""))
-    version = None
-    if uri:
-        _, registered, number = uri.split("/")
-        version = Registered(registered, int(number), str(result["mlflow"].get("model_id", "")))
-    return run_folder / "model", version
 
 
 def make_job(
@@ -364,7 +344,7 @@ def check(settings: FinetuneSettings) -> list[str]:
         f"{name} = {path}: does not exist" for name, path in (("data", settings.data), ("labels", settings.labels)) if not path.exists()
     ]
     try:
-        folder, _ = encoder_folder(settings.encoder, settings.tracking, settings.out)
+        folder, _ = model_folder(settings.encoder, settings.tracking, settings.out)
         load_encoder(folder)
     except (RunError, ModelError, TrackingError) as error:
         problems.append(str(error))

@@ -18,10 +18,9 @@ from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.scene import Scene, SceneError, fingerprint
 from pipelines.command_line import run
-from pipelines.finetune_segmentation import encoder_folder
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
-from pipelines.run_folder import RESULT, RunError, finish
+from pipelines.run_folder import RESULT, RunError, finish, model_folder
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as GeoTIFF or NIfTI in the source's own geometry"
 EXPECTED = (ModelError, SceneError, TrackingError, RunError)
@@ -40,7 +39,7 @@ class PredictSettings(Settings):
 
 def work(settings: PredictSettings) -> int:
     """Do it."""
-    folder, version = encoder_folder(settings.model, settings.tracking, settings.out)
+    folder, version = model_folder(settings.model, settings.tracking, settings.out)
     model, about = load_segmenter(folder)
     try:
         reader = TypeAdapter[Any](ReaderSettings).validate_python({**about.reader, **settings.reader})
@@ -142,7 +141,7 @@ def check(settings: PredictSettings) -> list[str]:
     """Problems that only disk and registry can tell."""
     problems = [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
     try:
-        folder, _ = encoder_folder(settings.model, settings.tracking, settings.out)
+        folder, _ = model_folder(settings.model, settings.tracking, settings.out)
         load_segmenter(folder)
     except (RunError, ModelError, TrackingError) as error:
         problems.append(str(error))

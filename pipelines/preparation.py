@@ -47,7 +47,7 @@ class PrepareSettings(Settings):
     min_valid_fraction: float = Field(0.25, ge=0, le=1, description="Tiles with a smaller share of counted voxels are thrown away")
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
     split: SplitSettings = SplitSettings()
-    num_workers: int = Field(2, ge=0, description="Worker processes on this machine; 0 works in this process without dask")
+    num_workers: int = Field(2, ge=0, description="Worker processes on this machine; 0, or a single shard, is worked in this process without dask")
     memory_limit: str = Field("2GiB", description="Memory of a worker; above it dask pauses and then restarts the worker")
     scheduler: str | None = Field(
         None,
@@ -123,7 +123,8 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     _check_disk(out, plan, todo)
     total = plan.layout.num_shards
     progress(len(records), total)
-    run = _run_here(todo) if settings.num_workers == 0 and settings.scheduler is None else _run_dask(todo, settings)
+    alone = settings.scheduler is None and (settings.num_workers == 0 or len(todo) == 1)
+    run = _run_here(todo) if alone else _run_dask(todo, settings)
     with contextlib.closing(run):
         for record in run:
             records[record["shard"]] = record

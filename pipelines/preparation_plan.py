@@ -96,7 +96,7 @@ def make_plan(
     scenes = tuple(sorted(scenes, key=lambda scene: scene.name))
     numbers = _numbers(scenes, labels)
     channels = _channels(scenes)
-    tiles = plan_tiles(scenes, tile, settings.split.block_tiles)
+    tiles = plan_tiles(scenes, tile, settings.split)
     held_out_groups(Counter(split_group(scenes[place.scene], place, settings.split) for place in tiles), settings.split)
     axes = attributes.get("axes") or (("x", "y", "z") if scenes[0].grid.frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
     layout = StoreLayout(
@@ -198,7 +198,7 @@ def _label_digest(scene: Scene, labels: LabelMap, tile: tuple[int, ...]) -> str:
     """Digest of all class numbers, since a label map does not say which files it reads."""
     digest = hashlib.sha256()
     whole = prod(scene.grid.space) <= READ_VOXELS
-    windows = [scene.grid.full] if whole else [place.window for place in plan_tiles([scene], tile, 1)]
+    windows = [scene.grid.full] if whole else [place.window for place in plan_tiles([scene], tile, SplitSettings())]
     try:
         for window in windows:
             digest.update(np.ascontiguousarray(labels.read(window), dtype="<i8").tobytes())

@@ -17,7 +17,7 @@ from pydantic import Field
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
 from mae_core.evaluate import Panel, Pretraining
-from mae_core.export import Description, save_model
+from mae_core.export import Description, ModelError, save_model
 from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings
 from mae_core.masking import RandomHiding
@@ -33,7 +33,7 @@ from pipelines.progress import console, training
 from pipelines.run_folder import RunError, begin, finish
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
-EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, RunError, LoaderError, DeviceError)
+EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError)
 MAY_DIFFER = (
     "tracking",
     "loader.num_threads",

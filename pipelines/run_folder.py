@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.settings import differences
+from mae_core.tracking import Registered, TrackingSettings, fetch_model
 
 CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
 LIBRARIES = ("terravox", "torch", "numpy", "zarr", "rasterio", "nibabel", "monai", "mlflow")
@@ -63,6 +64,26 @@ def finish(out: Path, verb: str, config: Mapping[str, Any], facts: Mapping[str, 
     }
     write_json(out / name, result)
     return result
+
+
+def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path, Registered | None]:
+    """Model folder of a run or of a registered version.
+
+    Raises:
+        RunError: `name` is neither.
+    """
+    if name.startswith("models:/"):
+        return fetch_model(name, tracking, out)
+    run_folder = Path(name)
+    if not run_folder.is_dir():
+        raise RunError(f"{name} is neither the folder of a run nor models:/NAME@ALIAS")
+    result = recall(run_folder)
+    uri = str(result.get("mlflow", {}).get("model", ""))
+    version = None
+    if uri:
+        _, registered, number = uri.split("/")
+        version = Registered(registered, int(number), str(result["mlflow"].get("model_id", "")))
+    return run_folder / "model", version
 
 
 def recall(folder: Path, name: str = RESULT) -> dict[str, Any]:

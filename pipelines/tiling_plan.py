@@ -59,28 +59,36 @@ class PlannedTile:
         return tuple(slice(start, start + size) for start, size in zip(self.origin, self.extent, strict=True))
 
 
-def tile_axis(size: int, tile: int) -> list[tuple[int, int, int]]:
-    """Origin, extent and owned size of each tile along an axis: as few full tiles as cover it, evenly spaced.
+def tile_axis(size: int, tile: int, *, disjoint: bool = False) -> list[tuple[int, int, int]]:
+    """Origin, extent and owned size of each tile along an axis: as few tiles as cover it, evenly spaced.
 
+    Tiles are full and overlap a little, or are `disjoint` and up to a voxel less than evenly divided, the rest being padded.
     An axis shorter than a tile has one tile, which is padded later. Owned parts follow one another without gap or overlap.
     """
     if size <= tile:
         return [(0, size, size)]
     count = -(-size // tile)
+    if disjoint:
+        edges = [size * k // count for k in range(count + 1)]
+        return [(start, stop - start, stop - start) for start, stop in pairwise(edges)]
     origins = [(2 * k * (size - tile) + count - 1) // (2 * (count - 1)) for k in range(count)]
     owned = [after - before for before, after in pairwise(origins)] + [tile]
     return [(origin, tile, own) for origin, own in zip(origins, owned, strict=True)]
 
 
-def tile_scene(space: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]]:
+def tile_scene(
+    space: tuple[int, ...], tile: tuple[int, ...], *, disjoint: bool = False
+) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]]:
     """Lattice index and, per axis, origin, extent and owned size of every tile of a scene, in raster order."""
-    axes = [list(enumerate(tile_axis(size, side))) for size, side in zip(space, tile, strict=True)]
+    axes = [list(enumerate(tile_axis(size, side, disjoint=disjoint))) for size, side in zip(space, tile, strict=True)]
     for place in product(*axes):
         yield tuple(index for index, _ in place), tuple(part for _, part in place)
 
 
-def plan_tiles(scenes: Sequence[Scene], tile: tuple[int, ...], block_tiles: int) -> list[PlannedTile]:
+def plan_tiles(scenes: Sequence[Scene], tile: tuple[int, ...], split: SplitSettings) -> list[PlannedTile]:
     """Every candidate tile of scenes sorted by name; its position in the list is its id.
+
+    Tiles of a scene that is divided in blocks are disjoint, so that no block sees into another.
 
     Raises:
         PreparationError: A scene has another number of axes than the tile.
@@ -92,9 +100,9 @@ def plan_tiles(scenes: Sequence[Scene], tile: tuple[int, ...], block_tiles: int)
                 f"scene {scene.name} has {len(scene.grid.space)} axes {scene.grid.space}, prepare.tile has {len(tile)}: {tile}; "
                 "give one size per axis"
             )
-        for index, parts in tile_scene(scene.grid.space, tile):
+        for index, parts in tile_scene(scene.grid.space, tile, disjoint=split.unit == "block"):
             origin, extent, owned = zip(*parts, strict=True)
-            block = tuple(place // block_tiles for place in index)
+            block = tuple(place // split.block_tiles for place in index)
             planned.append(PlannedTile(len(planned), number, block, origin, extent, owned))
     return planned
 

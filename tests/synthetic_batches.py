@@ -104,7 +104,10 @@ def waves(space: tuple[int, ...], channels: int, seed: int) -> NDArray[np.float6
 
 
 def store_of(path: Path, space: tuple[int, ...], num_tiles: int = 6, channels: tuple[str, ...] = CHANNELS) -> TileStore:
-    """A store of smooth float32 tiles; labels are 1 where the first channel is positive, 0 elsewhere, and a corner is unlabelled."""
+    """A store of smooth float32 tiles; labels are 1 where the first channel is positive, 0 elsewhere, -1 in a corner.
+
+    A tile owns all but its last two rows.
+    """
     layout = StoreLayout(num_tiles, channels, space, ("z", "y", "x")[-len(space) :], "float32", 4, has_labels=True)
     shards: dict[str, Any] = {}
     for shard in range(layout.num_shards):
@@ -123,7 +126,7 @@ def store_of(path: Path, space: tuple[int, ...], num_tiles: int = 6, channels: t
         "split": "val",
         "origin": [0] * len(space),
         "extent": list(space),
-        "owned": list(space),
+        "owned": [space[0] - 2, *space[1:]],
         "affine": np.eye(len(space) + 1).ravel().tolist(),
         "frame": "",
         "unit": "m",

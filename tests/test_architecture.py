@@ -25,8 +25,8 @@ ROWS = {
     "wholes": "train evaluate segmentation probes tiling tracking served_model figures finetune",
 }
 HOMES = {
-    "rasterio": ["modalities/raster.py", "modalities/raster_file.py", "modalities/sentinel2.py", "modalities/resample.py"],
-    "nibabel": ["modalities/nifti.py", "modalities/nifti_file.py"],
+    "rasterio": ["modalities/raster.py", "modalities/raster_file.py", "modalities/sentinel2.py", "modalities/resample.py", "modalities/samples.py"],
+    "nibabel": ["modalities/nifti.py", "modalities/nifti_file.py", "modalities/samples.py"],
     "pydicom": ["modalities/dicom.py"],
     "scipy": ["modalities/nifti.py", "modalities/intensity.py", "modalities/spacing.py"],
     "dask": ["pipelines/preparation.py"],

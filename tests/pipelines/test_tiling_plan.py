@@ -35,7 +35,7 @@ def scene(name: str, space: tuple[int, ...], group: str = "here", matrix: np.nda
 def test_owned_boxes_partition_a_scene(axes: tuple[tuple[int, int], ...]) -> None:
     space, tile = (tuple(pair) for pair in zip(*axes, strict=True))
     owned, covered = np.zeros(space, int), np.zeros(space, int)
-    tiles = plan_tiles([scene("s", space)], tile, 2)
+    tiles = plan_tiles([scene("s", space)], tile, SplitSettings(block_tiles=2))
     for planned in tiles:
         assert planned.extent == tuple(min(size, side) for size, side in axes), "every tile is full where the scene is large enough"
         assert all(own <= size for own, size in zip(planned.owned, planned.extent, strict=True))
@@ -47,8 +47,19 @@ def test_owned_boxes_partition_a_scene(axes: tuple[tuple[int, int], ...]) -> Non
     assert len(tiles) == prod(-(-size // side) for size, side in axes), "no more tiles than are needed"
 
 
+@given(spaces)
+def test_tiles_of_blocks_do_not_touch_and_lose_nothing(axes: tuple[tuple[int, int], ...]) -> None:
+    space, tile = (tuple(pair) for pair in zip(*axes, strict=True))
+    covered = np.zeros(space, int)
+    for planned in plan_tiles([scene("s", space)], tile, SplitSettings(unit="block")):
+        assert planned.owned == planned.extent
+        assert all(0 < size <= side for size, side in zip(planned.extent, tile, strict=True))
+        covered[planned.window] += 1
+    assert (covered == 1).all()
+
+
 def test_ids_are_positions_over_all_scenes_and_origins_are_evenly_spaced() -> None:
-    tiles = plan_tiles([scene("a", (10, 4)), scene("b", (3, 4))], (4, 4), 2)
+    tiles = plan_tiles([scene("a", (10, 4)), scene("b", (3, 4))], (4, 4), SplitSettings(block_tiles=2))
     assert [tile.tile for tile in tiles] == [0, 1, 2, 3]
     assert [tile.scene for tile in tiles] == [0, 0, 0, 1]
     assert [tile.origin for tile in tiles] == [(0, 0), (3, 0), (6, 0), (0, 0)]
@@ -58,13 +69,13 @@ def test_ids_are_positions_over_all_scenes_and_origins_are_evenly_spaced() -> No
 
 def test_a_tile_knows_its_place() -> None:
     matrix = np.array([[0, -10.0, 500], [20, 0, 700], [0, 0, 1]])
-    [*_, last] = plan_tiles([scene("a", (10, 4), matrix=matrix)], (4, 4), 2)
+    [*_, last] = plan_tiles([scene("a", (10, 4), matrix=matrix)], (4, 4), SplitSettings(block_tiles=2))
     assert tile_grid(scene("a", (10, 4), matrix=matrix), last).world((1, 2)) == scene("a", (10, 4), matrix=matrix).grid.world((7, 2))
 
 
 def test_another_number_of_axes_is_refused() -> None:
     with pytest.raises(PreparationError, match=r"scene b has 3 axes \(3, 4, 5\), prepare.tile has 2"):
-        plan_tiles([scene("b", (3, 4, 5))], (4, 4), 2)
+        plan_tiles([scene("b", (3, 4, 5))], (4, 4), SplitSettings(block_tiles=2))
 
 
 @given(
@@ -101,7 +112,7 @@ def test_overlap_is_found_as_by_painting_the_ground(data: st.DataObject) -> None
     shift = data.draw(st.integers(-6, 6))
     moved = np.array([[1.0, 0, shift], [0, -1, 5], [0, 0, 1]])
     scenes = [scene("a", (12, 9)), scene("b", (10, 7), matrix=moved), scene("c", (12, 9), group="elsewhere")]
-    tiles = plan_tiles(scenes, (4, 3), 1)
+    tiles = plan_tiles(scenes, (4, 3), SplitSettings(block_tiles=1))
     held = data.draw(st.sets(st.sampled_from(tiles), min_size=1, max_size=5))
 
     def ground(tile: PlannedTile) -> set[tuple[str, float, float]]:
@@ -115,6 +126,6 @@ def test_overlap_is_found_as_by_painting_the_ground(data: st.DataObject) -> None
 
 def test_blocks_of_a_place_in_two_frames_are_refused() -> None:
     scenes = [scene("a", (4, 4), frame="EPSG:32632"), scene("b", (4, 4), frame="EPSG:32633")]
-    tiles = plan_tiles(scenes, (4, 4), 1)
+    tiles = plan_tiles(scenes, (4, 4), SplitSettings(block_tiles=1))
     with pytest.raises(PreparationError, match=r"2 different frames.*unit=scene"):
         overlapping(scenes, tiles[:1], tiles[1:])
