@@ -100,7 +100,8 @@ def load_description(folder: Path, kind: Literal["encoder", "segmenter"]) -> Des
         raise ModelError(f"{path} is not a model description that this version reads: {error}") from error
     if description.kind != kind:
         hint = "fine-tune it first" if kind == "segmenter" else "give the run of a pretraining"
-        raise ModelError(f"{folder} holds a {description.kind}, a {kind} is wanted; {hint}")
+        names = {"encoder": "an encoder", "segmenter": "a segmenter"}
+        raise ModelError(f"{folder} holds {names[description.kind]}, {names[kind]} is wanted; {hint}")
     return description
 
 

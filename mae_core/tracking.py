@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_serializer
 
 from mae_core.export import Description
 from mae_core.settings import Settings, flatten
@@ -38,6 +38,11 @@ class TrackingSettings(Settings):
     images: bool = Field(True, description="Log reconstruction pictures; turn off where a picture may not leave the archive")
     system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
     register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")
+
+    @field_serializer("uri", when_used="json")
+    def _without_password(self, uri: str | None) -> str | None:
+        """What is stored with a run never holds a password."""
+        return None if uri is None else redacted(uri)
 
 
 class TrackingError(RuntimeError):
@@ -70,15 +75,25 @@ def tracking_uri(settings: TrackingSettings, out: Path) -> str:
 
 
 class Tracker:
-    """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began."""
+    """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began.
+
+    Raises:
+        TrackingError: The tracking store cannot be used.
+    """
 
     def __init__(self, settings: TrackingSettings, out: Path) -> None:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
         self.settings = settings
         self.uri = tracking_uri(settings, out)
-        self.client = _client(self.uri)
         self.run_id = ""
         self._told: dict[str, int] = {}
-        self._experiment = _experiment(self.client, self.uri, settings.experiment)
+        try:
+            self.client = _client(self.uri)
+            self._experiment = _experiment(self.client, self.uri, settings.experiment)
+        except (MlflowException, SQLAlchemyError) as error:
+            raise TrackingError(f"tracking.uri={redacted(self.uri)} cannot be used: {_reason(error, self.uri)}") from error
 
     @contextmanager
     def run(self, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[Tracker]:
@@ -106,9 +121,9 @@ class Tracker:
             )
         except MlflowException as error:
             if run_id is None:
-                raise TrackingError(f"no run can be begun in {redacted(self.uri)}: {error.message}") from error
+                raise TrackingError(f"no run can be begun in {redacted(self.uri)}: {_reason(error, self.uri)}") from error
             raise TrackingError(
-                f"run {run_id} of the checkpoint cannot be continued in {redacted(self.uri)}: {error.message}; "
+                f"run {run_id} of the checkpoint cannot be continued in {redacted(self.uri)}: {_reason(error, self.uri)}; "
                 "set tracking.uri to where it was begun"
             ) from error
         self.run_id = started.info.run_id
@@ -246,7 +261,7 @@ def fetch_model(uri: str, settings: TrackingSettings, out: Path) -> tuple[Path, 
         folder = Path(download_artifacts(f"models:/{name}/{found.version}", tracking_uri=store))
     except MlflowException as error:
         raise TrackingError(
-            f"{uri} is not in the registry at {redacted(store)}: {error.message}; see what is there with the MLflow UI"
+            f"{uri} is not in the registry at {redacted(store)}: {_reason(error, store)}; see what is there with the MLflow UI"
         ) from error
     model_id = str(found.model_id or found.source.rpartition("/")[2])
     return folder / "artifacts" / "model", Registered(name, int(found.version), model_id)
@@ -268,6 +283,11 @@ def _use(uri: str) -> None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     else:
         os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _reason(error: Exception, uri: str) -> str:
+    """What MLflow says, on one line and without user and password."""
+    return " ".join(str(error).split()).replace(uri.rstrip("/"), redacted(uri.rstrip("/")))
 
 
 def _client(uri: str) -> MlflowClient:

@@ -157,7 +157,8 @@ def read_bands(bands: Sequence[BandFile], window: Window) -> tuple[NDArray[np.ge
             if source.shape != bands[0].grid.space or source.count < max(band.index for band in bands):
                 raise SceneError(f"{path} has changed since it was catalogued: {source.count} bands of {source.shape}; catalogue it again")
             values = source.read([band.index for band in bands], window=part)
-            flags = np.stack([_flags(source, band, one, part) for band, one in zip(bands, values, strict=True)])
+            flags = np.stack([_flags(band, one) for band, one in zip(bands, values, strict=True)])
+            flags |= _declared(source, bands, part)
     except BROKEN as error:
         raise SceneError(f"cannot read {path} at {_slices(window)}: {plain(error, path)}; copy it anew from its source") from error
     return values, flags
@@ -240,6 +241,10 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
     bands = [i for i, colour in enumerate(source.colorinterp) if colour != ColorInterp.alpha]
     if not bands:
         raise SceneError("it has no band but an alpha band")
+
+    def of_data(entries: Sequence[Any]) -> Iterator[Any]:
+        return (entries[i] for i in bands)
+
     grid = _grid(source)
     factor = source.crs.linear_units_factor[1] if grid.frame and source.crs.is_projected else None
     return RasterFile(
@@ -248,11 +253,11 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
         grid,
         None if factor is None else float(np.mean(grid.spacing)) * factor,
         tuple(i + 1 for i in bands),
-        tuple((source.descriptions[i] or "").strip() for i in bands),
-        tuple(str(source.dtypes[i]) for i in bands),
-        tuple(_nodata(source.nodatavals[i]) for i in bands),
-        tuple(float(source.scales[i]) for i in bands),
-        tuple(float(source.offsets[i]) for i in bands),
+        tuple((text or "").strip() for text in of_data(source.descriptions)),
+        tuple(str(dtype) for dtype in of_data(source.dtypes)),
+        tuple(_nodata(value) for value in of_data(source.nodatavals)),
+        tuple(float(scale) for scale in of_data(source.scales)),
+        tuple(float(offset) for offset in of_data(source.offsets)),
     )
 
 
@@ -275,7 +280,8 @@ def _nodata(value: float | None) -> Nodata:
     return "nan" if value is not None and math.isnan(value) else value
 
 
-def _flags(source: Any, band: BandFile, values: NDArray[np.generic], part: RasterWindow) -> NDArray[np.uint8]:
+def _flags(band: BandFile, values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """What the stored values of a band say about themselves."""
     flags = np.zeros(values.shape, np.uint8)
     if band.nodata == "nan":
         flags |= _bits(np.isnan(values), Quality.NODATA)
@@ -283,19 +289,31 @@ def _flags(source: Any, band: BandFile, values: NDArray[np.generic], part: Raste
         with np.errstate(over="ignore"):
             exact = np.asarray(band.nodata).astype(values.dtype) if values.dtype.kind == "f" else band.nodata
         flags |= _bits(values == exact, Quality.NODATA)
-    kinds = source.mask_flag_enums[band.index - 1]
-    if not {MaskFlags.all_valid, MaskFlags.alpha} & set(kinds) and kinds != [MaskFlags.nodata]:
-        flags |= _bits(source.read_masks(band.index, window=part) == 0, Quality.NODATA)
-    for i, colour in enumerate(source.colorinterp):
-        if colour == ColorInterp.alpha:
-            flags |= _bits(source.read(i + 1, window=part) == 0, Quality.NODATA)
-    if band.validity_index is not None:
-        flags |= _bits(source.read(band.validity_index, window=part) == 0, Quality.NODATA)
     if values.dtype.kind == "f":
         flags |= _bits(~np.isfinite(values) & (flags == 0), Quality.NOT_FINITE)
     if band.saturated is not None:
         flags |= _bits(values == band.saturated, Quality.SATURATED)
     return flags
+
+
+def _declared(source: Any, bands: Sequence[BandFile], part: RasterWindow) -> NDArray[np.uint8]:
+    """`(band, row, column)` of what alpha, validity and mask bands of the file say.
+
+    GDAL lets a nodata value outrank an alpha band, so that band is read as such.
+    """
+    shape = (len(bands), int(part.height), int(part.width))
+    empty = np.zeros(shape, bool)
+    for i, colour in enumerate(source.colorinterp):
+        if colour == ColorInterp.alpha:
+            empty |= source.read(i + 1, window=part) == 0
+    all_kinds = source.mask_flag_enums
+    for i, band in enumerate(bands):
+        kinds = set(all_kinds[band.index - 1])
+        if not kinds & {MaskFlags.all_valid, MaskFlags.alpha} and kinds != {MaskFlags.nodata}:
+            empty[i] |= source.read_masks(band.index, window=part) == 0
+        if band.validity_index is not None:
+            empty[i] |= source.read(band.validity_index, window=part) == 0
+    return _bits(empty, Quality.NODATA)
 
 
 def _bits(where: NDArray[np.bool_], flag: Quality) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,9 @@ MAY_DIFFER = (
 class PretrainRecipe(Settings):
     """All that shapes a pretraining, whatever the tiles come from."""
 
-    crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile")
+    crop: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile"
+    )
     model: ModelSettings = ModelSettings()
     hiding: RandomHiding = RandomHiding()
     augment: AugmentSettings = AugmentSettings()

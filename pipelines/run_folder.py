@@ -102,7 +102,9 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except ValueError as error:
         raise RunError(f"{path} is damaged ({error}); choose another --out") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (it holds no JSON object); choose another --out")
     return content

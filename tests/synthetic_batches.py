@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -30,6 +32,15 @@ CASES = [((24,), (4,)), ((12, 15), (4, 3)), ((4, 8, 6), (2, 4, 2))]
 def by_axes(case: Any) -> str:
     """Name of a case in the list of tests."""
     return f"{len(case)} axes {case}" if isinstance(case, tuple) else str(case)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread in the file that imports this: many small steps are slower on two, far more so where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @st.composite

@@ -21,7 +21,9 @@ from mae_core.parallel import Parallel
 from mae_core.store import TileStore
 from mae_core.targets import NormalisedPixelTarget, PixelTarget, make_target
 from tests.contracts import hidden_set, shown_set
-from tests.synthetic_batches import CASES, CHANNELS, batch_of, by_axes, model_of, names, places, plan_of, settings_of, store_of
+from tests.synthetic_batches import CASES, CHANNELS, batch_of, by_axes, model_of, names, one_thread, places, plan_of, settings_of, store_of
+
+__all__ = ["one_thread"]
 
 SPACE, PATCH = (20, 24), (4, 4)
 ALONE = Parallel(0, 1, torch.device("cpu"))

@@ -86,12 +86,8 @@ def test_an_encoder_comes_back_and_gives_the_same_features(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["manifest.json", "model.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("kind", ["linear", "upsample"])
-def test_a_segmenter_comes_back_with_its_head_and_classes(tmp_path: Path, kind: str) -> None:
-    kinds = str(HeadSettings.model_json_schema())
-    if kind not in kinds:
-        pytest.skip(f"there is no head {kind}")
-    head = HeadSettings.model_validate({"kind": kind})
+def test_a_segmenter_comes_back_with_its_head_and_classes(tmp_path: Path) -> None:
+    head = HeadSettings(features=8)
     torch.manual_seed(0)
     model = Segmenter(encoder(), head, 3).eval()
     about = description(kind="segmenter", head=head, classes=((0, "water"), (4, "field"), (9, "town")))
@@ -104,11 +100,11 @@ def test_a_segmenter_comes_back_with_its_head_and_classes(tmp_path: Path, kind: 
 
 
 def test_the_wrong_kind_is_refused_with_what_to_do(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds a encoder, a segmenter is wanted; fine-tune it first"):
+    with pytest.raises(ModelError, match="holds an encoder, a segmenter is wanted; fine-tune it first"):
         load_segmenter(saved)
     segmenter = description(kind="segmenter", head=HeadSettings(), classes=((0, "a"), (1, "b")))
     save_model(tmp_path / "other", nn.Linear(1, 1), segmenter)
-    with pytest.raises(ModelError, match="holds a segmenter, a encoder is wanted; give the run of a pretraining"):
+    with pytest.raises(ModelError, match="holds a segmenter, an encoder is wanted; give the run of a pretraining"):
         load_encoder(tmp_path / "other")
 
 

@@ -13,6 +13,9 @@ from torch import nn
 from mae_core.heads import HeadSettings, Segmenter, upsampling_factors
 from mae_core.vit import Encoder, EncoderSettings
 from tests.contracts import SegmenterContract
+from tests.synthetic_batches import one_thread
+
+__all__ = ["one_thread"]
 
 
 def segmenter(patch: tuple[int, ...], channels: int = 3, classes: int = 4) -> Segmenter:

@@ -47,10 +47,10 @@ def drawn(chosen: Stream, first: int, last: int) -> list[list[Name]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("repeats", [1, 2])
-def test_the_processes_share_each_step_whatever_their_number(store: TileStore, world: int, repeats: int) -> None:
-    alone = drawn(stream(store, repeats=repeats), 0, 9)
-    shares = [drawn(stream(store, rank(number, world), repeats=repeats), 0, 9) for number in range(world)]
+@pytest.mark.parametrize("settings", [{}, {"repeats": 2}, {"micro_batch_size": 1, "prefetch": 3}])
+def test_the_processes_share_each_step_whatever_their_number(store: TileStore, world: int, settings: dict[str, int]) -> None:
+    alone = drawn(stream(store, **settings), 0, 9)
+    shares = [drawn(stream(store, rank(number, world), **settings), 0, 9) for number in range(world)]
     assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == alone
 
 

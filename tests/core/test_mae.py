@@ -18,7 +18,9 @@ from mae_core.nd import patchify, sincos_positions, take, token_valid, unpatchif
 from mae_core.targets import NormalisedPixelTarget, PixelTarget
 from mae_core.vit import PRESETS, EncoderSettings
 from tests.contracts import hidden_set, shown_set
-from tests.synthetic_batches import CASES, CHANNELS, batch_of, by_axes, generator, model_of, plan_of, raw_of, settings_of
+from tests.synthetic_batches import CASES, CHANNELS, batch_of, by_axes, generator, model_of, one_thread, plan_of, raw_of, settings_of
+
+__all__ = ["one_thread"]
 
 TARGETS = [NormalisedPixelTarget(), NormalisedPixelTarget(over="channel", eps=0.01), PixelTarget()]
 each_case = pytest.mark.parametrize(("space", "patch"), CASES, ids=by_axes)
@@ -171,14 +173,15 @@ def test_no_gradient_flows_to_what_does_not_count(space: tuple[int, ...], patch:
 
 @torch.no_grad()
 def test_a_patch_with_too_little_data_is_no_token() -> None:
-    model = model_of(settings_of((4,), min_token_valid_fraction=0.5))
-    quality = torch.zeros(2, 24, dtype=torch.uint8)
-    quality[0, :3], quality[0, 4:6] = 1, 1
-    batch = replace(batch_of((24,)), quality=quality)
+    model = model_of(settings_of((8,), min_token_valid_fraction=0.5))
+    quality = torch.zeros(2, 48, dtype=torch.uint8)
+    quality[0, :5], quality[0, 8:13], quality[0, 16:20] = 1, 1, 1
+    batch = replace(batch_of((48,)), quality=quality)
     output, plan = run(model, batch)
-    assert shown_set(plan, 0) | hidden_set(plan, 0) == {1, 2, 3, 4, 5}, "token 0 has one of four, token 1 two of four"
+    assert shown_set(plan, 0) | hidden_set(plan, 0) == {2, 3, 4, 5}, "tokens 0 and 1 have three of eight, token 2 four of eight"
+    assert not plan.hidden_used[0].all()
     hidden = hidden_set(plan, 0)
-    assert int(output.count[0, 0]) == 4 * len(hidden) - 2 * (1 in hidden)
+    assert int(output.count[0, 0]) == 8 * len(hidden) - 4 * (2 in hidden)
 
 
 @torch.no_grad()

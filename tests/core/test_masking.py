@@ -49,6 +49,8 @@ def one(epoch: int = 0, tile: int = 7, repeat: int = 0, seed: int = 0, length: i
         (216, 0.75, 54),
         (216, 0.85, 32),
         (7, 0.5, 4),
+        (25, 0.9, 3),
+        (45, 0.3, 32),
         (10, 0.05, 9),
         (3, 0.01, 2),
         (2, 0.99, 1),
@@ -66,6 +68,7 @@ def test_the_number_of_tokens_kept(length: int, ratio: float, kept: int) -> None
 
 @given(st.integers(2, 5000), st.integers(1, 99))
 @example(1000, 90)
+@example(45, 30)
 def test_the_number_kept_is_the_exact_share_rounded_half_up(length: int, percent: int) -> None:
     exact = math.floor(length * (1 - Fraction(percent, 100)) + Fraction(1, 2))
     assert num_kept(length, percent / 100) == max(1, min(length - 1, exact))

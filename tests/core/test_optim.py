@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_matrices_decay_and_biases_norms_and_tokens_do_not() -> None:
     decays = {name for name, (group,) in found.items() if group["weight_decay"] == 0.07}
     rests = {name for name, (group,) in found.items() if group["weight_decay"] == 0}
     assert decays | rests == set(found)
-    assert {name for name in found if name.endswith("bias") or "norm" in name or name.endswith("_token")} == rests
+    assert {name for name in found if name.endswith(("bias", "_token")) or "norm" in name} == rests
     assert "encoder.embed.weight" in decays
     assert "decoder.mask_token" in rests
     assert "encoder.class_token" in rests
@@ -69,13 +70,13 @@ def test_the_schedule_rises_peaks_and_ends_at_the_minimum(num_steps: int, warmup
     if num_steps - rise >= 2:
         assert factors[-1] == low, "exactly"
     fall = factors[rise:]
-    assert all(before >= after for before, after in zip(fall, fall[1:], strict=False))
+    assert all(before >= after for before, after in pairwise(fall))
 
 
 def test_the_schedule_has_no_jump() -> None:
     settings = OptimSettings(warmup_fraction=0.1, min_lr_fraction=0.1)
     factors = [lr_factor(step, 1000, settings) for step in range(1000)]
-    steps = [abs(after - before) for before, after in zip(factors, factors[1:], strict=False)]
+    steps = [abs(after - before) for before, after in pairwise(factors)]
     assert max(steps[:99]) == pytest.approx(0.01)
     assert max(steps[99:]) < 0.9 * math.pi / 2 / 899 * 1.01
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import replace
 
 import numpy as np
@@ -33,7 +32,9 @@ from mae_core.segmentation import (
 )
 from mae_core.store import TileStore
 from mae_core.vit import Encoder, EncoderSettings
-from tests.synthetic_batches import CHANNELS, generator, names, store_of
+from tests.synthetic_batches import CHANNELS, generator, names, one_thread, store_of
+
+__all__ = ["one_thread"]
 
 SPACES = [(30,), (8, 9), (4, 5, 6)]
 

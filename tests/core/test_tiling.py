@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_windows_cover_the_scene_and_stay_in_it(case: tuple[tuple[int, ...], tup
 @given(st.integers(2, 200), st.integers(1, 40), st.integers(0, 95))
 def test_neighbours_share_at_least_what_was_asked(size: int, crop: int, percent: int) -> None:
     starts = [window[0].start for window in windows((size,), (crop,), percent / 100)]
-    steps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(starts)]
     assert all(step >= 1 for step in steps)
     assert all(100 * (crop - step) >= crop * percent or step == 1 for step in steps)
     assert max(steps, default=0) - min(steps, default=0) <= 1, "evenly spread"

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from mae_core.nd import patchify, take, token_grid
 from mae_core.vit import PRESETS, Attention, Block, ChannelEmbedding, Encoder, EncoderSettings, positions
 from tests.contracts import EncoderContract
-from tests.synthetic_batches import CASES, CHANNELS, by_axes, generator
+from tests.synthetic_batches import CASES, CHANNELS, by_axes, generator, one_thread
+
+__all__ = ["one_thread"]
 
 
 class NanoContract(EncoderContract):
@@ -40,7 +41,7 @@ def test_the_embedding_is_a_convolution_with_stride(space: tuple[int, ...], patc
     nn.init.normal_(embed.bias)
     pixels = torch.randn(2, len(CHANNELS), *space, generator=generator(0))
     kernel = embed.weight.permute(2, 0, 1).reshape(16, len(CHANNELS), *patch)
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[len(patch) - 1]
+    convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(patch) - 1]
     wanted = convolution(pixels, kernel, embed.bias, stride=patch).flatten(2).transpose(1, 2)
     torch.testing.assert_close(embed(patchify(pixels, patch)), wanted, rtol=0, atol=1e-5)
 

@@ -83,6 +83,15 @@ def test_alpha_and_internal_masks_are_nodata_and_no_channel(tmp_path: Path) -> N
     np.testing.assert_array_equal(scene.read(scene.grid.full)[1] == Quality.NODATA, pixels[3] == 0)
 
 
+def test_files_beside_a_raster_are_not_looked_at(tmp_path: Path) -> None:
+    path = write_raster(tmp_path / "a.tif", np.ones((1, 8, 8), np.uint8), north_up())
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as target:
+        target.write_mask(np.zeros((8, 8), bool))
+    assert (tmp_path / "a.tif.msk").is_file()
+    scene = scene_of(path)
+    assert not scene.read(scene.grid.full)[1].any()
+
+
 def test_types_are_kept_and_mixed_to_the_narrowest_that_holds_both(tmp_path: Path) -> None:
     paths = [write_raster(tmp_path / f"{t}.tif", np.full((1, 4, 4), 3, t), north_up()) for t in ("uint8", "int16", "float64")]
     bands = [band_of(path, path.stem) for path in paths]
@@ -190,6 +199,7 @@ def pages(path: Path) -> Path:
     ("make", "reason"),
     [
         (palette, "entries of a colour table"),
+        (lambda path: write_raster(path, np.ones((1025, 1, 1), np.uint8), north_up()), "it has 1025 bands, more than 1024"),
         (pages, "it holds 2 images (pages)"),
         (lambda path: write_raster(path, np.ones((1, 4, 4), np.complex64), north_up()), "complex numbers (complex64)"),
         (lambda path: write_raster(path, np.ones((1, 4, 4), np.uint8), Affine(1e-20, 0, 0, 0, 1e-20, 0)), "does not span a plane"),
@@ -253,6 +263,11 @@ def test_scenes_of_one_place_share_a_group_and_neighbours_do_not(tmp_path: Path)
         somewhere=(north_up(), None, 100),
     )
     assert groups == {"a": "a", "b": "a", "c": "c", "d": "d", "small": "d", "nowhere": "nowhere", "somewhere": "somewhere"}
+
+
+def test_groups_of_degrees_reach_across_the_date_line(tmp_path: Path) -> None:
+    east, west = (Affine(0.01, 0, x, 0, -0.01, 10) for x in (179.5, -179.8))
+    assert grouped(tmp_path, e=(east, "EPSG:4326", 100), w=(west, "EPSG:4326", 100)) == {"e": "e", "w": "e"}
 
 
 def test_groups_reach_across_crs_and_date_line(tmp_path: Path) -> None:
