@@ -119,6 +119,7 @@ def seal(folder: Path) -> None:
     entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
     for path in (*files, folder / MANIFEST):
+        shutil.copymode(folder / MANIFEST, path)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     sync_folder(folder)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mae_core.augment import AugmentSettings, Normaliser
-from mae_core.checkpoint import CheckpointError, TrainState, restore, sha256
+from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
@@ -27,9 +27,9 @@ from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, columns_of, confusion_by_scene, layer_number, measures
 from mae_core.settings import Settings, to_plain
-from mae_core.store import StoreError, TileStore
+from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings
-from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
+from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Encoder
 from modalities.catalogue import ReaderSettings, match_labels, scan
 from modalities.scene import SceneError
@@ -37,13 +37,14 @@ from pipelines.command_line import run
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import TILES, prepare_store, store_attributes
+from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
-EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, RunError, SceneError, PreparationError, ModelError)
+EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
 MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "prepare.num_workers", "prepare.scheduler")
 MAX_SHIFT = 10.0
 """Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
@@ -107,15 +108,16 @@ def work(settings: FinetuneSettings) -> int:
     encoder, about = load_encoder(folder)
     store = labelled_store(settings, about)
     crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
-    crop = tuple(min(size, room) for size, room in zip(crop, store.space, strict=True))
+    crop = tuple(min(size, room // part * part) for size, room, part in zip(crop, store.space, about.encoder.patch, strict=True))
     settings = settings.model_copy(update={"crop": crop})
     config = to_plain(settings) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     with processes(settings.train.device) as parallel:
-        if parallel.is_first and (done := begin(settings.out, "finetune_segmentation", config, MAY_DIFFER)) is not None:
-            console.print(f"run {settings.out} is finished; its result is told again")
-            tell(done)
+        done = begin(settings.out, "finetune_segmentation", config, MAY_DIFFER) if parallel.is_first else None
+        if parallel.any(done is not None):
+            if done is not None:
+                console.print(f"run {settings.out} is finished; its result is told again")
+                tell(done)
             return 0
-        parallel.barrier()
         result = _compare(replace(make_job(settings, encoder, about, store, parallel, config), parent=version))
     if result:
         tell(result)

@@ -47,7 +47,9 @@ class PrepareSettings(Settings):
     min_valid_fraction: float = Field(0.25, ge=0, le=1, description="Tiles with a smaller share of counted voxels are thrown away")
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
     split: SplitSettings = SplitSettings()
-    num_workers: int = Field(2, ge=0, description="Worker processes on this machine; 0, or a single shard, is worked in this process without dask")
+    num_workers: int = Field(
+        2, ge=0, description="Worker processes on this machine; 0, or a single shard, is worked in this process without dask"
+    )
     memory_limit: str = Field("2GiB", description="Memory of a worker; above it dask pauses and then restarts the worker")
     scheduler: str | None = Field(
         None,

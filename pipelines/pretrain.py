@@ -30,7 +30,7 @@ from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettin
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
 from pipelines.command_line import run
 from pipelines.progress import console, training
-from pipelines.run_folder import RunError, begin, finish
+from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError)
@@ -126,10 +126,10 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
     with ExitStack() as stack:
         tracker = None
         if parallel.is_first:
-            tracker = stack.enter_context(
-                Tracker(recipe.tracking, out).run(out.name, state.run_id, config, {"source": f"pipelines/{verb}.py"})
-            )
+            known = state.run_id or recall(out, RUN).get("run_id")
+            tracker = stack.enter_context(Tracker(recipe.tracking, out).run(out.name, known, config, {"source": f"pipelines/{verb}.py"}))
             state.run_id = tracker.run_id
+            write_json(out / RUN, {"run_id": tracker.run_id})
             tracker.dataset(store.kind, store.digest, "pretraining", {"tiles": str(len(store)), "channels": ",".join(store.channels)})
         batch = recipe.loader.micro_batch_size or recipe.loader.global_batch_size // parallel.world
         panels = partial(_log_panels, tracker, out)

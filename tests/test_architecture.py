@@ -25,7 +25,13 @@ ROWS = {
     "wholes": "train evaluate segmentation probes tiling tracking served_model figures finetune",
 }
 HOMES = {
-    "rasterio": ["modalities/raster.py", "modalities/raster_file.py", "modalities/sentinel2.py", "modalities/resample.py", "modalities/samples.py"],
+    "rasterio": [
+        "modalities/raster.py",
+        "modalities/raster_file.py",
+        "modalities/sentinel2.py",
+        "modalities/resample.py",
+        "modalities/samples.py",
+    ],
     "nibabel": ["modalities/nifti.py", "modalities/nifti_file.py", "modalities/samples.py"],
     "pydicom": ["modalities/dicom.py"],
     "scipy": ["modalities/nifti.py", "modalities/intensity.py", "modalities/spacing.py"],

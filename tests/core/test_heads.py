@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mae_core.heads import HeadSettings, Segmenter, upsampling_factors
+from mae_core.nd import patchify
 from mae_core.vit import Encoder, EncoderSettings
 from tests.contracts import SegmenterContract
-from tests.synthetic_batches import one_thread
+from tests.synthetic_batches import generator, one_thread, places
 
 __all__ = ["one_thread"]
 
@@ -78,6 +79,23 @@ def test_the_product_of_the_factors_is_the_patch(patch: list[int]) -> None:
 )
 def test_factors_of_usual_patches(patch: tuple[int, ...], factors: list[tuple[int, ...]]) -> None:
     assert upsampling_factors(patch) == factors
+
+
+@torch.no_grad()
+def test_features_lie_on_their_tokens_and_the_deepest_are_used_first() -> None:
+    model = segmenter((8, 8))
+    pixels = torch.randn(1, 3, 16, 24, generator=generator(0))
+    seen: list[torch.Tensor] = []
+    for part in (model.head.ups[0], *model.head.skips):
+        part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(pixels, torch.ones(1, 16, 24, dtype=torch.bool))
+    patches = patchify(pixels, (8, 8))
+    layers = model.encoder.layers(patches, torch.arange(6)[None], (2, 3))
+    assert model.taps == (0, 1, 3)
+    wanted = [layers[1], model.encoder.norm(layers[3]), layers[0]]
+    for image, tokens in zip(seen, wanted, strict=True):
+        for row, column in places((2, 3)):
+            torch.testing.assert_close(image[0, :, row, column], tokens[0, 1 + 3 * row + column])
 
 
 @torch.no_grad()
