@@ -41,7 +41,7 @@ from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, public, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
@@ -207,7 +207,9 @@ def _compare(job: Job) -> dict[str, Any]:
         if job.parallel.is_first:
             known = recall(out, RUN).get("run_id")
             tracker = stack.enter_context(
-                Tracker(settings.tracking, out).run(out.name, known, job.config, {"source": "pipelines/finetune_segmentation.py"})
+                Tracker(settings.tracking, out).run(
+                    out.name, known, public(settings) | {"store_digest": job.store.digest}, {"source": "pipelines/finetune_segmentation.py"}
+                )
             )
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names)}

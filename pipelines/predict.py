@@ -20,7 +20,7 @@ from modalities.scene import Scene, SceneError, fingerprint
 from pipelines.command_line import run
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
-from pipelines.run_folder import RESULT, RunError, finish, model_folder
+from pipelines.run_folder import RESULT, RunError, finish, model_folder, public
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as GeoTIFF or NIfTI in the source's own geometry"
 EXPECTED = (ModelError, SceneError, TrackingError, RunError)
@@ -57,9 +57,9 @@ def work(settings: PredictSettings) -> int:
     counts: dict[str, dict[str, int]] = {}
     with (
         Tracker(settings.tracking, settings.out).run(
-            f"predict-{settings.out.stem}",
+            "predict",
             None,
-            to_plain(settings.model_copy(update={"data": Path("…"), "out": Path("…")})),
+            public(settings),
             {"source": "pipelines/predict.py"},
         ) as tracker,
         counting("labelling") as progress,

@@ -11,13 +11,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mae_core.settings import Settings, to_plain
+from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
 from pipelines.command_line import run
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
 from pipelines.progress import console, counting, table
-from pipelines.run_folder import RESULT, write_json
+from pipelines.run_folder import finish, public
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
 TILES = {"sentinel2": (128, 128), "raster": (128, 128), "mri": (64, 64, 64)}
@@ -32,6 +33,7 @@ class PrepareVerb(Settings):
     out: Path = Field(description="Folder of the store to write")
     reader: ReaderSettings
     prepare: PrepareSettings
+    tracking: TrackingSettings = TrackingSettings(system_metrics=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -108,16 +110,20 @@ def work(settings: PrepareVerb) -> int:
     """Do it."""
     catalogue = scan(settings.data, settings.reader)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
-    result = {
-        "verb": "prepare",
+    counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
+    with Tracker(settings.tracking, settings.out).run(
+        f"prepare-{settings.out.name}", None, public(settings), {"source": "pipelines/prepare.py"}
+    ) as tracker:
+        tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)
+        tracker.dataset(settings.modality, report.digest, "prepared", {"tiles": str(report.accepted)})
+    facts = {
+        "figures": {"tiles": {**counts, "discarded": dict(report.discarded)}, "bytes": report.num_bytes, "seconds": report.seconds},
         "files": {"found": catalogue.num_files, "used": catalogue.num_used, "ignored": len(catalogue.ignored)},
         "rejected": [{"file": item.file, "reason": item.reason} for item in catalogue.rejected],
-        "tiles": {"accepted": report.accepted, "discarded": dict(report.discarded), "found": report.found, **report.tiles},
-        "store_digest": report.digest,
-        "seconds": report.seconds,
-        "config": to_plain(settings),
+        "digests": {"store": report.digest},
+        "mlflow": {"uri": redacted(tracker.uri), "run_id": tracker.run_id},
     }
-    write_json(settings.out / RESULT, result)
+    finish(settings.out, "prepare", to_plain(settings), facts)
     console.print(f"[bold]store ready[/]: {settings.out}")
     return 0
 
@@ -129,7 +135,15 @@ def check(settings: PrepareVerb) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; its exit code."""
-    return run("prepare", PrepareVerb, work, check=check, description=DESCRIPTION, expected=(SceneError, PreparationError), argv=argv)
+    return run(
+        "prepare",
+        PrepareVerb,
+        work,
+        check=check,
+        description=DESCRIPTION,
+        expected=(SceneError, PreparationError, TrackingError),
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

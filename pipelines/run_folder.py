@@ -9,10 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mae_core.settings import differences
+from pydantic import BaseModel
+
+from mae_core.settings import differences, to_plain
 from mae_core.tracking import Registered, TrackingSettings, fetch_model
 
 CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
+PATHS = ("data", "labels", "out", "store", "encoder", "model")
 LIBRARIES = ("terravox", "torch", "numpy", "zarr", "rasterio", "nibabel", "monai", "mlflow")
 
 
@@ -84,6 +87,11 @@ def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path
         _, registered, number = uri.split("/")
         version = Registered(registered, int(number), str(result["mlflow"].get("model_id", "")))
     return run_folder / "model", version
+
+
+def public(settings: BaseModel) -> dict[str, Any]:
+    """Settings without the user's paths, as they may be told to a tracker: a folder can be named after a patient."""
+    return {name: value for name, value in to_plain(settings).items() if name not in PATHS}
 
 
 def recall(folder: Path, name: str = RESULT) -> dict[str, Any]:
