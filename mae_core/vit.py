@@ -178,8 +178,11 @@ class Encoder(nn.Module):
 
 
 def positions(grid: Sequence[int], like: Tensor) -> Float[Tensor, "1 length width"]:
-    """Position codes of a whole grid on the device and in the dtype of `like`, whose last axis gives the width."""
-    return sincos_positions(grid, like.shape[-1]).to(like.device, like.dtype)[None]
+    """Position codes of a whole grid on the device of `like`, whose last axis gives the width.
+
+    They stay fp32, and so does the residual stream that they are added to, under autocast too.
+    """
+    return sincos_positions(grid, like.shape[-1]).to(like.device)[None]
 
 
 def prepend(token: Tensor, tokens: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -239,7 +239,7 @@ def tell_end(result: dict[str, Any], out: Path) -> None:
         console.print(
             f"  held-out skill {figures['val/skill']:+.3f}: the model {better} the best trivial predictor "
             f"(error {figures['val/error']:.4f}; visible mean {figures['val/error_of_visible_mean']:.4f}, "
-            f"interpolation {figures['val/error_of_interpolation']:.4f})"
+            f"interpolation {figures['val/error_of_interpolation']:.4f}, zero {figures['val/error_of_zero']:.4f})"
         )
         per_channel = {key.rpartition("/")[2]: value for key, value in figures.items() if key.startswith("val/skill/")}
         console.print("  skill by channel: " + ", ".join(f"{name} {value:+.3f}" for name, value in per_channel.items()))

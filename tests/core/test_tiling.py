@@ -43,7 +43,8 @@ def test_neighbours_share_at_least_what_was_asked(size: int, crop: int, percent:
 
 
 @pytest.mark.parametrize(
-    ("size", "crop", "overlap", "count"), [(100, 10, 0.0, 10), (100, 10, 0.9, 91), (96, 64, 0.5, 2), (96, 32, 0.5, 5), (8, 8, 0.5, 1)]
+    ("size", "crop", "overlap", "count"),
+    [(100, 10, 0.0, 10), (100, 10, 0.9, 91), (400, 100, 0.9, 31), (96, 64, 0.5, 2), (96, 32, 0.5, 5), (8, 8, 0.5, 1)],
 )
 def test_no_more_windows_than_needed(size: int, crop: int, overlap: float, count: int) -> None:
     assert len(list(windows((size,), (crop,), overlap))) == count
