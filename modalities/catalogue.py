@@ -53,6 +53,7 @@ def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings)
     """
     if not root.exists():
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
+    root = root.absolute()  # a worker elsewhere opens the same files from another folder
     found = _files(root)
     folder = root if root.is_dir() else root.parent
     candidates: list[Path] = []
@@ -95,7 +96,7 @@ def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, 
     """
     if not labels.exists():
         raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
-    files = [file for file in _files(labels) if file.name.lower().endswith((".tif", ".tiff", ".nii", ".nii.gz"))]
+    files = [file for file in _files(labels.absolute()) if file.name.lower().endswith((".tif", ".tiff", ".nii", ".nii.gz"))]
     by_stem: dict[str, Path] = {}
     for file in files:
         stem = file.name.split(".")[0]

@@ -33,12 +33,16 @@ class PrepareVerb(Settings):
     out: Path = Field(description="Folder of the store to write")
     reader: ReaderSettings
     prepare: PrepareSettings
+    scheduler: str | None = Field(None, description="Address of a running dask scheduler; short for prepare.scheduler")
     tracking: TrackingSettings = TrackingSettings(system_metrics=False)
 
     @model_validator(mode="before")
     @classmethod
     def _by_modality(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return for_modality(values, values.get("modality"))
+        filled = for_modality(values, values.get("modality"))
+        if filled.get("scheduler"):
+            filled["prepare"]["scheduler"] = filled["scheduler"]
+        return filled
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -205,3 +205,11 @@ def test_volumes_of_one_patient_share_a_group_in_the_catalogue(tmp_path: Path) -
     for name in ("sub-1_T1w", "sub-1_FLAIR", "sub-2_T1w"):
         save_volume(tmp_path / f"{name}.nii.gz", head())
     assert len({scene.group for scene in scan(tmp_path, NATIVE).scenes}) == 2
+
+
+def test_scenes_hold_absolute_paths_because_workers_stand_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    save_volume(tmp_path / "images" / "a_T1w.nii.gz", head())
+    monkeypatch.chdir(tmp_path)
+    [scene] = scan(Path("images"), MriSettings()).scenes
+    assert all(file.is_absolute() for file in scene.files)
