@@ -1,4 +1,4 @@
-"""`terravox VERB ...` is the same as `python pipelines/VERB.py ...`."""
+"""The command `terravox`, which runs the verbs by name."""
 
 from __future__ import annotations
 

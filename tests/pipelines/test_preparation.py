@@ -176,7 +176,8 @@ def test_held_out_blocks_share_no_ground_with_training(tmp_path: Path) -> None:
     for row in range(len(store)):
         scene, window = scene_of(store, row, Scenes((*dates, shifted)))
         corner = np.round(np.multiply(scene.grid.window(window).world((0, 0)), 2)).astype(int)
-        cells = {(int(corner[0]) + i, int(corner[1]) + j) for i in range(-10, 20 * 8 - 10, 5) for j in range(-10, 20 * 8 - 10, 5)}
+        rows, columns = (range(-10, 20 * int(size) - 10, 5) for size in store.index.extent[row])
+        cells = {(int(corner[0]) + i, int(corner[1]) + j) for i in rows for j in columns}
         painted[str(store.index.split[row])] |= cells
     assert painted["val"]
     assert not painted["train"] & painted["val"]

@@ -116,7 +116,7 @@ def test_the_result_holds_figures_digests_settings_and_versions(finished: Finish
 
 def test_the_folder_holds_what_it_should(finished: Finished) -> None:
     files = {str(path.relative_to(finished.out)) for path in finished.out.rglob("*") if path.is_file()}
-    whole = {"config.json", "result.json", "model/manifest.json", "model/model.json", "model/model.safetensors"}
+    whole = {"config.json", "run.json", "result.json", "model/manifest.json", "model/model.json", "model/model.safetensors"}
     kept = {
         f"checkpoints/step-{step:08d}/{name}.{end}"
         for step in (6, 8)
