@@ -252,6 +252,7 @@ def fetch_model(uri: str, settings: TrackingSettings, out: Path) -> tuple[Path, 
 
     store = tracking_uri(settings, out)
     client = _client(store)
+    _use(store)
     name, _, alias = uri.removeprefix("models:/").partition("@")
     try:
         if alias:
@@ -298,12 +299,12 @@ def _client(uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not uri.startswith("sqlite:///"):
-        return MlflowClient(tracking_uri=uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
     database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(tracking_uri=uri)
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
 

@@ -20,12 +20,25 @@ from pipelines.run_folder import RunError, recall, write_json
 
 DESCRIPTION = "the whole chain on small real samples, or on your own files, in a few minutes on two cores"
 QUICK = ("train.log_steps=5", "train.checkpoint_steps=100", "tracking.experiment=terravox-demo")
-SATELLITE = ("train.steps=300", "train.eval_steps=100", "loader.global_batch_size=32", "optim.base_lr=8e-3", "model.encoder.preset=nano")
-SATELLITE += ("model.encoder.patch=[4]",)
-VOLUMES = ("train.steps=160", "train.eval_steps=40", "loader.global_batch_size=16", "optim.base_lr=1.6e-2", "model.encoder.preset=nano")
-VOLUMES += ("augment.flips=false",)
-SEGMENT = ("train.steps=80", "train.eval_steps=40", "loader.global_batch_size=4", "optim.base_lr=1.2e-1", "head.features=8", "overlap=0.25")
-SEGMENT += ("augment.flips=false",)
+NANO = "model.encoder.preset=nano"
+SATELLITE = (
+    "train.steps=300",
+    "train.eval_steps=100",
+    "loader.global_batch_size=32",
+    "optim.base_lr=8e-3",
+    "model.encoder.patch=[4]",
+    NANO,
+)
+VOLUMES = ("train.steps=160", "train.eval_steps=40", "loader.global_batch_size=16", "optim.base_lr=1.6e-2", "augment.flips=false", NANO)
+SEGMENT = (
+    "train.steps=80",
+    "train.eval_steps=40",
+    "loader.global_batch_size=4",
+    "optim.base_lr=1.2e-1",
+    "augment.flips=false",
+    "head.features=8",
+    "overlap=0.25",
+)
 BLOCKS = ("prepare.split.unit=block", "prepare.split.block_tiles=1", "prepare.split.val_fraction=0.2")
 ENDINGS = {"mri": ".nii.gz", "sentinel2": ".tif"}
 
@@ -79,7 +92,16 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     place = out / f"{first.name.split('.')[0]}_labels{ENDINGS[modality]}"
     _run(
         predict.main,
-        ["--model", recall(segmenter)["mlflow"]["alias"], "--data", str(first), "--out", str(place), "tracking.experiment=terravox-demo"],
+        [
+            "--model",
+            recall(segmenter)["mlflow"]["alias"],
+            "--data",
+            str(first),
+            "--out",
+            str(place),
+            "overlap=0.1",
+            "tracking.experiment=terravox-demo",
+        ],
     )
     done["predicted labels"] = str(place)
     return done

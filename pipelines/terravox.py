@@ -15,6 +15,7 @@ VERBS = (
     ("finetune_segmentation", "encoder and labels to a segmenter"),
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
     ("demo", "the whole line on a small sample, on any machine"),
+    ("benchmark", "a training step against the matrix product of the same machine"),
 )
 """Every verb with what it does."""
 
@@ -55,6 +56,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:
             from pipelines.predict import main as chosen
         case "demo":
             from pipelines.demo import main as chosen
+        case "benchmark":
+            from pipelines.benchmark import main as chosen
         case _:
             raise ValueError(f"{name} is no verb; verbs are {', '.join(name for name, _ in VERBS)}")
     return chosen

@@ -406,3 +406,14 @@ def test_three_axes_go_the_whole_way(tmp_path_factory: pytest.TempPathFactory, u
 def test_the_tiny_settings_are_all_known() -> None:
     """A renamed setting must not pass as the default here."""
     assert tiny_recipe().train.steps == TINY["train.steps"]
+
+
+def test_a_model_is_fetched_by_a_new_process_that_stands_elsewhere(finished: Finished, uri: str, tmp_path: Path) -> None:
+    """The registry is that of the tracking store, not MLflow's default in the working folder."""
+    code = "import sys; from pathlib import Path; from mae_core.tracking import TrackingSettings, fetch_model; "
+    code += "print(fetch_model(sys.argv[1], TrackingSettings(uri=sys.argv[2]), Path('run'))[0])"
+    command = [sys.executable, "-c", code, finished.result["mlflow"]["alias"], uri]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert load_encoder(Path(done.stdout.strip().splitlines()[-1]))[1].kind == "encoder"
+    assert not list(tmp_path.iterdir()), "no second store was made in the working folder"
