@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mae_core.heads import HeadSettings, Segmenter, upsampling_factors
+from mae_core.heads import HeadSettings, Segmenter, UnetrHead, upsampling_factors
 from mae_core.nd import patchify
 from mae_core.vit import Encoder, EncoderSettings
 from tests.contracts import SegmenterContract
@@ -95,7 +95,8 @@ def test_features_lie_on_their_tokens_and_the_deepest_are_used_first() -> None:
     wanted = [layers[1], model.encoder.norm(layers[3]), layers[0]]
     for image, tokens in zip(seen, wanted, strict=True):
         for row, column in places((2, 3)):
-            torch.testing.assert_close(image[0, :, row, column], tokens[0, 1 + 3 * row + column])
+            fresh = tokens[0, 1 + 3 * row + column] / (1 + 1e-5) ** 0.5  # what batch norm does before it has seen a batch
+            torch.testing.assert_close(image[0, :, row, column], fresh)
 
 
 @torch.no_grad()
@@ -115,3 +116,16 @@ def test_a_voxel_is_scored_where_it_lies() -> None:
 def test_features_are_a_multiple_of_the_groups() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         HeadSettings(features=10)
+
+
+def test_what_all_tokens_share_does_not_drown_what_tells_them_apart() -> None:
+    """A pretrained encoder's tokens may lie far from zero together; in training the head sees them centred and of unit size."""
+    seen: list[torch.Tensor] = []
+    head = UnetrHead((4, 4), 16, 1, 4, 2).train()
+    for norm in head.norms:
+        norm.register_forward_hook(lambda _module, _given, found: seen.append(found))
+        norm(torch.randn(2, 16, 9) * 0.04 + 30.0)
+    assert len(seen) == len(head.factors)
+    for found in seen:
+        assert found.mean().abs() < 1e-3
+        assert 0.9 < found.std() < 1.1
