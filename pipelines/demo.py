@@ -50,19 +50,20 @@ class DemoSettings(Settings):
     data: Path | None = Field(None, description="Your own folder of images instead of the samples")
     labels: Path | None = Field(None, description="Label maps of your images; without them no segmenter is made")
     modality: Literal["sentinel2", "mri"] = Field("mri", description="What your own images are")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="The segmenter is trained once per seed, pretrained and from scratch")
 
 
 def work(settings: DemoSettings) -> int:
     """Do it."""
     out = settings.out
     if settings.data is not None:
-        done = _chain(out, settings.modality, settings.data, settings.labels, ())
+        done = _chain(out, settings.modality, settings.data, settings.labels, (), settings.seeds)
     else:
         console.rule("satellite: a Sentinel-2 scene")
-        done = _chain(out, "sentinel2", write_satellite_sample(out / "sample"), None, ("prepare.tile=[60,60]", *BLOCKS))
+        done = _chain(out, "sentinel2", write_satellite_sample(out / "sample"), None, ("prepare.tile=[60,60]", *BLOCKS), settings.seeds)
         console.rule("medical: the MNI152 T1 template and its tissues")
         images, labels = write_mri_sample(out / "sample")
-        done |= _chain(out, "mri", images, labels, ("prepare.tile=[50,59,48]", *BLOCKS))
+        done |= _chain(out, "mri", images, labels, ("prepare.tile=[50,59,48]", *BLOCKS), settings.seeds)
     write_json(out / "result.json", {"verb": "demo", "made": done})
     console.rule("what was made")
     table("", ("what", "where"), list(done.items()))
@@ -71,7 +72,7 @@ def work(settings: DemoSettings) -> int:
     return 0
 
 
-def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: Sequence[str]) -> dict[str, str]:
+def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: Sequence[str], seeds: Sequence[int]) -> dict[str, str]:
     """Pretrain, and with labels fine-tune and predict; what was made."""
     encoder = out / f"{modality}-encoder"
     own = VOLUMES if modality == "mri" else SATELLITE
@@ -84,7 +85,7 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     segmenter = out / f"{modality}-segmenter"
     names = f"class_names=[{','.join(TISSUES)}]" if split else "class_names=[]"
     arguments = ["--encoder", found["mlflow"]["alias"], "--data", str(images), "--labels", str(labels), "--out", str(segmenter)]
-    _run(finetune_segmentation.main, [*arguments, names, *split, *SEGMENT, *QUICK])
+    _run(finetune_segmentation.main, [*arguments, names, f"seeds={list(seeds)}", *split, *SEGMENT, *QUICK])
     held_out = recall(segmenter)["figures"]["held_out"]
     dice = ", ".join(f"{arm} {scores['mean_dice']:.3f}" for arm, scores in held_out.items())
     done[f"{modality} segmenter"] = f"{recall(segmenter)['mlflow']['alias']}, held-out mean Dice {dice}"

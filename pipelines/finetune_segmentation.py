@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.checkpoint import TrainState, restore, sha256
@@ -28,10 +28,10 @@ from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, columns_of, confusion_by_scene, layer_number, measures
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
-from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings
+from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Encoder
-from modalities.catalogue import ReaderSettings, match_labels, scan
+from modalities.catalogue import match_labels, scan
 from modalities.scene import SceneError
 from pipelines.command_line import run
 from pipelines.preparation import PreparationError, PrepareSettings
@@ -41,7 +41,7 @@ from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, public, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, reader_of, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
@@ -126,10 +126,7 @@ def work(settings: FinetuneSettings) -> int:
 
 def labelled_store(settings: FinetuneSettings, about: Description) -> TileStore:
     """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
-    try:
-        reader = TypeAdapter[Any](ReaderSettings).validate_python({**about.reader, **settings.reader})
-    except ValidationError as error:
-        raise RunError(f"reader={settings.reader} does not fit the adapter {about.modality}: {error}") from error
+    reader = reader_of(about, settings.reader)
     catalogue = scan(settings.data, reader)
     pairs, without = match_labels(catalogue, settings.labels)
     if without:
@@ -347,12 +344,7 @@ def check(settings: FinetuneSettings) -> list[str]:
     problems = [
         f"{name} = {path}: does not exist" for name, path in (("data", settings.data), ("labels", settings.labels)) if not path.exists()
     ]
-    try:
-        folder, _ = model_folder(settings.encoder, settings.tracking, settings.out)
-        load_encoder(folder)
-    except (RunError, ModelError, TrackingError) as error:
-        problems.append(str(error))
-    return problems
+    return problems + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

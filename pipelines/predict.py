@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, ModelError, load_segmenter
 from mae_core.segmentation import Labeller
 from mae_core.settings import Settings, to_plain
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
-from modalities.catalogue import Catalogue, ReaderSettings, scan
+from modalities.catalogue import Catalogue, scan
 from modalities.scene import Scene, SceneError, fingerprint
 from pipelines.command_line import run
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
-from pipelines.run_folder import RESULT, RunError, finish, model_folder, public
+from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as GeoTIFF or NIfTI in the source's own geometry"
 EXPECTED = (ModelError, SceneError, TrackingError, RunError)
@@ -41,11 +41,7 @@ def work(settings: PredictSettings) -> int:
     """Do it."""
     folder, version = model_folder(settings.model, settings.tracking, settings.out)
     model, about = load_segmenter(folder)
-    try:
-        reader = TypeAdapter[Any](ReaderSettings).validate_python({**about.reader, **settings.reader})
-    except ValidationError as error:
-        raise RunError(f"reader={settings.reader} does not fit the adapter {about.modality}: {error}") from error
-    catalogue = scan(settings.data, reader)
+    catalogue = scan(settings.data, reader_of(about, settings.reader))
     tell_catalogue(catalogue)
     values = [value for value, _ in about.classes]
     wrong = [value for value in values if not 0 <= value <= 254]
@@ -140,12 +136,7 @@ def shares(counts: dict[str, int]) -> dict[str, float]:
 def check(settings: PredictSettings) -> list[str]:
     """Problems that only disk and registry can tell."""
     problems = [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
-    try:
-        folder, _ = model_folder(settings.model, settings.tracking, settings.out)
-        load_segmenter(folder)
-    except (RunError, ModelError, TrackingError) as error:
-        problems.append(str(error))
-    return problems
+    return problems + model_problems(settings.model, settings.tracking, settings.out, load_segmenter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

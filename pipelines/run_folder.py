@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from mae_core.export import Description, ModelError
 from mae_core.settings import differences, to_plain
-from mae_core.tracking import Registered, TrackingSettings, fetch_model
+from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model
+from modalities.catalogue import ReaderSettings
 
 CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
 PATHS = ("data", "labels", "out", "store", "encoder", "model")
@@ -87,6 +89,27 @@ def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path
         _, registered, number = uri.split("/")
         version = Registered(registered, int(number), str(result["mlflow"].get("model_id", "")))
     return run_folder / "model", version
+
+
+def reader_of(about: Description, changes: Mapping[str, Any]) -> ReaderSettings:
+    """The adapter's settings that a model was trained with, and what the user changes in them.
+
+    Raises:
+        RunError: A change does not fit the adapter.
+    """
+    try:
+        return TypeAdapter[ReaderSettings](ReaderSettings).validate_python({**about.reader, **changes})
+    except ValidationError as error:
+        raise RunError(f"reader={dict(changes)} does not fit the adapter {about.modality}: {error}") from error
+
+
+def model_problems(name: str, tracking: TrackingSettings, out: Path, load: Callable[[Path], object]) -> list[str]:
+    """What keeps a model from being loaded, for `--check`."""
+    try:
+        load(model_folder(name, tracking, out)[0])
+    except (RunError, ModelError, TrackingError) as error:
+        return [str(error)]
+    return []
 
 
 def public(settings: BaseModel) -> dict[str, Any]:
