@@ -1,42 +1,52 @@
 """Raw tiles in the stored dtype become normalised crops on the device of the model.
 
-Crop origins and flips are drawn by counter from (seed, epoch, tile, repeat), like the hidden sets.
+Everything that is random is drawn by counter from (seed, epoch, tile, repeat), like the hidden sets.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mae_core.masking import STREAM_CROP, STREAM_FLIP, counter_below, counter_bits
+from mae_core.context import Context
+from mae_core.masking import (
+    STREAM_CHANNEL,
+    STREAM_CROP,
+    STREAM_FLIP,
+    STREAM_INTENSITY,
+    STREAM_SCALE,
+    Sample,
+    counter_below,
+    counter_bits,
+    counter_share,
+)
 from mae_core.settings import Settings
 
 _SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 class AugmentSettings(Settings):
-    """Geometric augmentation; there is no colour jitter, which the paper finds to hurt."""
+    """Augmentation; there is no colour jitter, which the paper finds to hurt."""
 
     flips: bool = Field(True, description="Mirror each spatial axis with probability one half")
     quarter_turns: bool = Field(False, description="Also turn the last two axes by a multiple of 90 degrees (square crops only)")
+    resized_crop: tuple[float, float] | None = Field(
+        None, description="Enlarge a window of this share of the crop's area or volume, such as [0.2, 1.0]; changes the resolution"
+    )
+    intensity: float = Field(0.0, ge=0, lt=1, description="Most that a channel is scaled and shifted by, in its standard deviations")
+    channel_drop_fraction: float = Field(0.0, ge=0, lt=1, description="Chance that a sample lacks a channel; one always stays")
 
-
-@dataclass(frozen=True)
-class Sample:
-    """The numbers that name a batch's samples, each `(batch,)` int64."""
-
-    epoch: Int[Tensor, " batch"]
-    tile: Int[Tensor, " batch"]
-    repeat: Int[Tensor, " batch"]
-
-    def shuffled(self, order: Tensor) -> Sample:
-        """The same names in another order."""
-        return Sample(self.epoch[order], self.tile[order], self.repeat[order])
+    @model_validator(mode="after")
+    def _in_order(self) -> AugmentSettings:
+        if self.resized_crop is not None and not 0 < self.resized_crop[0] <= self.resized_crop[1] <= 1:
+            raise ValueError(f"augment.resized_crop={list(self.resized_crop)} must be two rising shares in (0, 1]")
+        return self
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class RawBatch:
         scale, offset: Physical value = stored · scale + offset, per sample and channel.
         extent: Size of the real data before padding, per sample and axis.
         sample: What names the samples.
+        context: What else is known of them.
+        complete: No tile has a flag, padding or an absent channel.
     """
 
     pixels: Tensor
@@ -61,6 +73,8 @@ class RawBatch:
     offset: Float[Tensor, "batch channel"]
     extent: Int[Tensor, "batch axis"]
     sample: Sample
+    context: Context | None = None
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,8 @@ class Batch:
         labels: Class numbers of the crop or None.
         present: Channels that each sample has.
         sample: What names the samples.
+        context: What else is known of them, after the crop has been resized.
+        complete: Everything counts; known without looking.
     """
 
     pixels: Float[Tensor, "batch channel *space"]
@@ -80,6 +96,8 @@ class Batch:
     labels: Tensor | None
     present: Bool[Tensor, "batch channel"]
     sample: Sample
+    context: Context | None = None
+    complete: bool = False
 
     @property
     def counted(self) -> Tensor:
@@ -108,38 +126,116 @@ class Normaliser:
 
     def __call__(self, raw: RawBatch, device: torch.device) -> Batch:
         """A batch on `device`; tiles travel there in their stored dtype."""
-        origins = self.origins(raw).tolist()
-        arrays = [raw.pixels.to(device, non_blocking=True), raw.quality.to(device, non_blocking=True)[:, None]]
-        if raw.labels is not None:
-            arrays.append(raw.labels.to(device, non_blocking=True)[:, None])
-        cropped = [torch.stack([_cut(part[i], origins[i], self.crop) for i in range(len(part))]) for part in arrays]
-        if self.augment is not None:
-            cropped = self._turn(cropped, raw.sample, self.augment)
-        pixels = normalise(cropped[0], raw.scale, raw.offset, self.mean, self.std)
-        quality, present = cropped[1][:, 0], raw.present.to(device)
+        zoom = self.zoom(raw)
+        index = self.index(raw, zoom)
+        near = [(part if zoom is None else part.round().long()).to(device, non_blocking=True) for part in index]
+        present = self.present(raw).to(device, non_blocking=True)
+        stored = raw.pixels.to(device, non_blocking=True)
+        flags = raw.quality.to(device, non_blocking=True)[:, None]
+        quality = pick_voxels(flags, near)[:, 0]
         keep = ((quality & self.no_value) == 0)[:, None] & present.reshape(*present.shape, *(1,) * len(self.crop))
-        labels = cropped[2][:, 0].long() if raw.labels is not None else None
-        return Batch(torch.where(keep, pixels, 0.0), quality, labels, present, raw.sample)
+        if zoom is None:
+            pixels = normalise(pick_voxels(stored, near), raw.scale, raw.offset, self.mean, self.std)
+        else:
+            whole = normalise(stored, raw.scale, raw.offset, self.mean, self.std)
+            pixels = interpolate(whole, (flags & self.no_value) == 0, [part.to(device) for part in index])
+        if self.augment is not None and self.augment.intensity:
+            pixels = self._changed(pixels, raw.sample, self.augment.intensity)
+        labels = None if raw.labels is None else pick_voxels(raw.labels.to(device, non_blocking=True)[:, None], near)[:, 0].long()
+        context = None if raw.context is None else _zoomed(raw.context, zoom).to(device)
+        complete = raw.complete and (self.augment is None or not self.augment.channel_drop_fraction)
+        return Batch(torch.where(keep, pixels, 0.0), quality, labels, present, raw.sample, context, complete)
 
-    def origins(self, raw: RawBatch) -> Tensor:
+    def origins(self, raw: RawBatch, zoom: Tensor | None = None) -> Tensor:
         """First voxel of each crop `(batch, axis)`: anywhere that keeps the crop on real data as far as it reaches."""
-        room = (raw.extent - torch.tensor(self.crop)).clamp(min=0)
+        size = torch.tensor(self.crop)
+        window = size if zoom is None else (size * zoom[:, None]).ceil().long()
+        room = (raw.extent - window).clamp(min=0)
         if self.augment is None:
             return room // 2
-        names = (part[:, None] for part in (raw.sample.epoch, raw.sample.tile, raw.sample.repeat))
-        return counter_below(room + 1, self.seed, STREAM_CROP, *names, torch.arange(len(self.crop)))
+        return counter_below(room + 1, self.seed, STREAM_CROP, *raw.sample.words(room.device), torch.arange(len(self.crop)))
 
-    def _turn(self, arrays: list[Tensor], sample: Sample, augment: AugmentSettings) -> list[Tensor]:
-        bits = counter_bits(self.seed, STREAM_FLIP, sample.epoch, sample.tile, sample.repeat).tolist()
-        return [torch.stack([self._turned(item, number, augment) for item, number in zip(array, bits, strict=True)]) for array in arrays]
+    def zoom(self, raw: RawBatch) -> Float[Tensor, " batch"] | None:
+        """Side of each sample's window over that of the crop, or None where windows are not resized."""
+        if self.augment is None or self.augment.resized_crop is None:
+            return None
+        low, high = self.augment.resized_crop
+        drawn = counter_share(self.seed, STREAM_SCALE, *raw.sample.words(raw.extent.device))[:, 0]
+        share: Tensor = (low + (high - low) * drawn) ** (1 / len(self.crop))
+        return share
 
-    def _turned(self, item: Tensor, bits: int, augment: AugmentSettings) -> Tensor:
-        if item.dtype in _SAME_SIZE:  # torch turns no unsigned integers but uint8; moving needs their bits only
-            return self._turned(item.view(_SAME_SIZE[item.dtype]), bits, augment).view(item.dtype)
-        axes = [1 + axis for axis in range(len(self.crop)) if augment.flips and bits >> axis & 1]
-        flipped = item.flip(axes) if axes else item
-        square = len(self.crop) > 1 and self.crop[-1] == self.crop[-2]
-        return torch.rot90(flipped, bits >> 8 & 3, (-2, -1)) if augment.quarter_turns and square else flipped
+    def index(self, raw: RawBatch, zoom: Tensor | None) -> list[Tensor]:
+        """Where each voxel of the crop comes from: one tensor per axis that broadcasts to `(batch, *crop)`, in voxels or parts of them."""
+        origins, axes = self.origins(raw, zoom), len(self.crop)
+        augment = self.augment or AugmentSettings(flips=False)
+        bits = counter_bits(self.seed, STREAM_FLIP, *raw.sample.words(origins.device))[:, 0]
+        lines = []
+        for axis, size in enumerate(self.crop):
+            steps = torch.arange(size).expand(len(origins), -1)
+            if zoom is not None:
+                steps = ((steps + 0.5) * zoom[:, None] - 0.5).clamp(min=0)
+            if augment.flips:
+                steps = torch.where((bits >> axis & 1).bool()[:, None], steps.flip(1), steps)
+            lines.append(origins[:, axis, None] + steps)
+        placed = [line.reshape(len(line), *(-1 if other == axis else 1 for other in range(axes))) for axis, line in enumerate(lines)]
+        if augment.quarter_turns and axes > 1 and self.crop[-1] == self.crop[-2]:
+            turns = (bits >> 8 & 3).reshape(-1, *(1,) * axes)
+            row = torch.where(turns >= 2, placed[-2].flip(-2), placed[-2])
+            column = torch.where((turns == 1) | (turns == 2), placed[-1].flip(-1), placed[-1])
+            odd = (turns & 1).bool()
+            placed[-2] = torch.where(odd, row.transpose(-1, -2), row)
+            placed[-1] = torch.where(odd, column.transpose(-1, -2), column)
+        return placed
+
+    def present(self, raw: RawBatch) -> Bool[Tensor, "batch channel"]:
+        """Channels that each sample has, less those that are dropped."""
+        if self.augment is None or not self.augment.channel_drop_fraction:
+            return raw.present
+        drawn = counter_share(
+            self.seed, STREAM_CHANNEL, *raw.sample.words(raw.present.device), torch.arange(raw.present.shape[1])
+        ).masked_fill(~raw.present, -1.0)
+        last = drawn == drawn.amax(dim=1, keepdim=True)
+        return raw.present & ((drawn >= self.augment.channel_drop_fraction) | last)
+
+    def _changed(self, pixels: Tensor, sample: Sample, most: float) -> Tensor:
+        """Each channel of each sample scaled by `1 ± most` and shifted by `± most`."""
+        channels = torch.arange(2 * pixels.shape[1])
+        drawn = (2 * counter_share(self.seed, STREAM_INTENSITY, *sample.words(channels.device), channels) - 1) * most
+        gain, shift = drawn.float().to(pixels.device).reshape(len(pixels), 2, -1, *(1,) * (pixels.ndim - 2)).unbind(1)
+        return pixels * (1 + gain) + shift
+
+
+def pick_voxels(array: Tensor, index: Sequence[Tensor]) -> Tensor:
+    """Voxels `(batch, channel, *crop)` of `(batch, channel, *space)` at whole places, as `Normaliser.index` gives them."""
+    if array.dtype in _SAME_SIZE:  # torch picks no unsigned integers but uint8; moving needs their bits only
+        return pick_voxels(array.view(_SAME_SIZE[array.dtype]), index).view(array.dtype)
+    batch, channels = array.shape[:2]
+    ones = (1,) * len(index)
+    sample = torch.arange(batch, device=array.device).reshape(batch, 1, *ones)
+    channel = torch.arange(channels, device=array.device).reshape(1, channels, *ones)
+    return array[(sample, channel, *(part[:, None] for part in index))]
+
+
+def interpolate(
+    array: Float[Tensor, "batch channel *space"], ok: Bool[Tensor, "batch 1 *space"], index: Sequence[Tensor]
+) -> Float[Tensor, "batch channel *crop"]:
+    """Linear interpolation along every axis at places in parts of a voxel, among the voxels that are ok; zero where none is."""
+    corners = []
+    for part, size in zip(index, array.shape[2:], strict=True):
+        low = part.floor().long().clamp(0, size - 1)
+        share = (part - low).clamp(0, 1).float()
+        corners.append(((low, 1 - share), ((low + 1).clamp(max=size - 1), share)))
+    total, weight = torch.zeros(()), torch.zeros(())
+    for chosen in itertools.product(*corners):
+        places = [place for place, _ in chosen]
+        share = torch.ones((), device=array.device)
+        for _, part in chosen:
+            share = share * part
+        here = pick_voxels(ok, places)
+        share = torch.where(here, share[:, None], 0.0)
+        total = total.to(share.device) + torch.where(here, pick_voxels(array, places), 0.0) * share
+        weight = weight.to(share.device) + share
+    return total / weight.clamp(min=1e-6)
 
 
 def normalise(pixels: Tensor, scale: Tensor, offset: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -152,5 +248,8 @@ def normalise(pixels: Tensor, scale: Tensor, offset: Tensor, mean: Sequence[floa
     return pixels.float() * gain + shift
 
 
-def _cut(array: Tensor, origin: Sequence[int], size: Sequence[int]) -> Tensor:
-    return array[(slice(None), *(slice(start, start + length) for start, length in zip(origin, size, strict=True)))]
+def _zoomed(context: Context, zoom: Tensor | None) -> Context:
+    """What is known after enlarging: voxels lie closer."""
+    if zoom is None:
+        return context
+    return replace(context, resolution=context.resolution * zoom[:, None].float(), spacing=context.spacing * zoom[:, None].float())

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from mae_core.nd import patchify, token_grid, token_valid
+from mae_core.context import Context
 from mae_core.settings import Settings
-from mae_core.vit import Encoder
+from mae_core.vit import Encoder, all_tokens
 
 
 class HeadSettings(Settings):
@@ -29,28 +28,26 @@ class Segmenter(nn.Module):
     def __init__(self, encoder: Encoder, settings: HeadSettings, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = UnetrHead(encoder.settings.patch, encoder.settings.width, len(encoder.channels), settings.features, num_classes)
+        self.head = UnetrHead(encoder.settings.step, encoder.settings.width, len(encoder.channels), settings.features, num_classes)
         stages = len(self.head.factors)
         depth = encoder.settings.depth
         self.taps = tuple(max(depth * stage // stages, 1) - 1 for stage in range(1, stages + 1))
 
     def forward(
-        self, pixels: Float[Tensor, "batch channel *space"], has_value: Bool[Tensor, "batch *space"]
+        self, pixels: Float[Tensor, "batch channel *space"], has_value: Bool[Tensor, "batch *space"], context: Context | None = None
     ) -> Float[Tensor, "batch class *space"]:
         """Class scores in fp32's or autocast's dtype.
 
         Args:
             pixels: Normalised units, in the encoder's channel order, zero where there is no value.
             has_value: False where there is none; a patch without any is seen by no other patch.
+            context: What else is known of the samples.
         """
-        patch = self.encoder.settings.patch
-        grid = token_grid(pixels.shape[2:], patch)
-        patches = patchify(pixels, patch)
-        ids = torch.arange(patches.shape[1], device=pixels.device).expand(len(pixels), -1)
-        used = token_valid(has_value, patch, 0.0)
-        layers = self.encoder.layers(patches, ids, grid, None if bool(used.all()) else used)
+        every = all_tokens(self.encoder.layout(pixels.shape[2:]), pixels, has_value)
+        layers = self.encoder.layers(every.patches, every.ids, every.layout.grid, every.used, None, context)
         features = [layers[tap] for tap in self.taps[:-1]] + [self.encoder.norm(layers[-1])]
-        maps = [norm(tokens[:, 1:].transpose(1, 2)).unflatten(2, grid) for norm, tokens in zip(self.head.norms, features, strict=True)]
+        arrays = [every.by_place(tokens[:, self.encoder.num_prefix :]) for tokens in features]
+        maps = [norm(array.flatten(2)).reshape(array.shape) for norm, array in zip(self.head.norms, arrays, strict=True)]
         scores: Tensor = self.head(pixels, maps)
         return scores
 

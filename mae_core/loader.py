@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from mae_core.augment import RawBatch, Sample
-from mae_core.masking import STREAM_ORDER, counter_bits
+from mae_core.augment import RawBatch
+from mae_core.context import only_spacing
+from mae_core.masking import STREAM_ORDER, Sample, counter_bits
 from mae_core.parallel import Parallel
 from mae_core.settings import Settings
 from mae_core.store import TileStore
@@ -128,16 +129,29 @@ def read_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample) -> RawB
     labels = None
     if chosen[0].labels is not None:
         labels = torch.from_numpy(np.stack([np.asarray(tile.labels) for tile in chosen]))
+    pixels, quality = np.stack([tile.pixels for tile in chosen]), np.stack([tile.quality for tile in chosen])
+    present = np.stack([tile.present for tile in chosen])
+    whole = all(tuple(tile.extent) == store.space for tile in chosen)
     return RawBatch(
-        pixels=torch.from_numpy(np.stack([tile.pixels for tile in chosen])),
-        quality=torch.from_numpy(np.stack([tile.quality for tile in chosen])),
+        pixels=torch.from_numpy(pixels),
+        quality=torch.from_numpy(quality),
         labels=labels,
-        present=torch.from_numpy(np.stack([tile.present for tile in chosen])),
+        present=torch.from_numpy(present),
         scale=torch.from_numpy(np.stack([tile.scale for tile in chosen])),
         offset=torch.from_numpy(np.stack([tile.offset for tile in chosen])),
         extent=torch.tensor([tile.extent for tile in chosen]),
         sample=sample,
+        context=only_spacing(torch.from_numpy(spacings(store, rows))),
+        complete=whole and not quality.any() and bool(present.all()),
     )
+
+
+def spacings(store: TileStore, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Distance between voxels along each axis of some tiles, in the store's unit, `(row, axis)`."""
+    axes = len(store.space)
+    matrices = store.index.affine[rows].reshape(-1, axes + 1, axes + 1)
+    steps: NDArray[np.float32] = np.linalg.norm(matrices[:, :axes, :axes], axis=1).astype(np.float32)
+    return steps
 
 
 def fixed_batches(store: TileStore, rows: NDArray[np.int64], batch_size: int, parallel: Parallel) -> Iterator[RawBatch]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def token_grid(space: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
@@ -58,6 +60,149 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Ten
     return split.permute(order).reshape(batch, channels, *(size * part for size, part in zip(grid, patch, strict=True)))
 
 
+def windows(array: Tensor, patch: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """Patches `(batch, token, channel, voxel)` that overlap: one per stride, centred on it, zero (False) beyond the edge.
+
+    With `stride` equal to `patch` this is `patchify`.
+
+    Raises:
+        ValueError: A patch is smaller than its stride or differs from it by an odd number of voxels.
+    """
+    if tuple(patch) == tuple(stride):
+        return patchify(array, patch)
+    reach = margins(patch, stride)
+    token_grid(array.shape[2:], stride)
+    axes = len(reach)
+    out = F.pad(array, [side for margin in reversed(reach) for side in (margin, margin)])
+    for axis, (size, step) in enumerate(zip(patch, stride, strict=True)):
+        out = out.unfold(2 + axis, size, step)
+    out = out.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+    return out.reshape(len(array), -1, array.shape[1], math.prod(patch))
+
+
+def blend(tokens: Tensor, used: Tensor, grid: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The array `(batch, channel, *space)` in which overlapping patches are averaged, and how many lie on each voxel.
+
+    Args:
+        tokens: `(batch, token, channel, voxel)`, as `windows` gives them.
+        used: `(batch, token)`; others are left out. Voxels that no used patch reaches are zero.
+        grid: Tokens per axis.
+        patch: Voxels of a patch per axis.
+        stride: Voxels between patches per axis.
+    """
+    space = [size * step for size, step in zip(grid, stride, strict=True)]
+    reach = margins(patch, stride)
+    wide = [size + 2 * margin for size, margin in zip(space, reach, strict=True)]
+    numbers = torch.arange(math.prod(wide), device=tokens.device).reshape(1, 1, *wide)
+    for axis, (size, step) in enumerate(zip(patch, stride, strict=True)):
+        numbers = numbers.unfold(2 + axis, size, step)
+    where = numbers.reshape(-1)
+    kept = torch.where(used[:, :, None, None], tokens, 0)
+    shape = (len(tokens), tokens.shape[2], math.prod(wide))
+    total = kept.new_zeros(shape).index_add(2, where, kept.transpose(1, 2).flatten(2))
+    every = used[:, None, :, None].expand(-1, -1, -1, tokens.shape[3]).flatten(2).to(total.dtype)
+    number = total.new_zeros(shape[0], 1, shape[2]).index_add(2, where, every)
+    inner = (slice(None), slice(None), *(slice(margin, margin + size) for margin, size in zip(reach, space, strict=True)))
+    mean = (total / number.clamp(min=1)).reshape(*shape[:2], *wide)[inner]
+    return mean, number.reshape(shape[0], 1, *wide)[inner]
+
+
+def margins(patch: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """Voxels that a patch reaches beyond its stride, on each side of each axis.
+
+    Raises:
+        ValueError: A patch is smaller than its stride or differs from it by an odd number of voxels.
+    """
+    wrong = len(patch) != len(stride) or any(size < step or (size - step) % 2 for size, step in zip(patch, stride, strict=False))
+    if wrong:
+        raise ValueError(
+            f"patch {tuple(patch)} and stride {tuple(stride)} do not go together; "
+            "a patch is as large as its stride, or larger by an even number on every axis"
+        )
+    return tuple((size - step) // 2 for size, step in zip(patch, stride, strict=True))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How an array becomes tokens and back: patches over the grid, once for each group of channels.
+
+    A token is numbered `group · places + place`; it holds the voxels of one place in the channels of one group.
+
+    Attributes:
+        grid: Tokens per axis.
+        patch: Voxels of a patch per axis.
+        stride: Voxels between patches per axis.
+        groups: Channel numbers of each group; one group of all channels is the plain case.
+        num_channels: Channels of the array.
+    """
+
+    grid: tuple[int, ...]
+    patch: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    num_channels: int
+
+    @property
+    def num_places(self) -> int:
+        """Tokens of one group."""
+        return math.prod(self.grid)
+
+    @property
+    def full_grid(self) -> tuple[int, ...]:
+        """Groups, then tokens per axis; the product is the number of tokens."""
+        return (len(self.groups), *self.grid)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether patches share voxels."""
+        return self.patch != self.stride
+
+    def split(self, array: Tensor) -> Tensor:
+        """Patches of all places and channels, `(batch, place, channel, voxel)`."""
+        return windows(array, self.patch, self.stride)
+
+    def pick(self, patches: Tensor, ids: Int[Tensor, "batch count"]) -> Tensor:
+        """Tokens `(batch, count, channel, voxel)` out of all patches; zero (False) in channels of other groups."""
+        if len(self.groups) == 1:
+            return take(patches, ids)
+        return torch.where(self.own(ids), take(patches, ids % self.num_places), 0).to(patches.dtype)
+
+    def own(self, ids: Int[Tensor, "batch count"]) -> Bool[Tensor, "batch count channel 1"]:
+        """Which channels belong to the group of each token."""
+        member = torch.zeros(len(self.groups), self.num_channels, dtype=torch.bool, device=ids.device)
+        for number, group in enumerate(self.groups):
+            member[number, list(group)] = True
+        return member[ids // self.num_places][..., None]
+
+    def seen(self, ids: Tensor, used: Tensor) -> Bool[Tensor, "batch channel *space"]:
+        """Voxels that lie in one token at least of those that are used."""
+        space = [size * step for size, step in zip(self.grid, self.stride, strict=True)]
+        out = torch.zeros(len(ids), self.num_channels, *space, dtype=torch.bool, device=ids.device)
+        for number, group in enumerate(self.groups):
+            mine = used & (ids // self.num_places == number)
+            there = torch.zeros(len(ids), self.num_places + 1, dtype=torch.bool, device=ids.device)
+            there = there.scatter(1, torch.where(mine, ids % self.num_places, self.num_places), value=True)[:, :-1]
+            tokens = there[:, :, None, None].float().expand(-1, -1, 1, math.prod(self.patch))
+            out[:, list(group)] = blend(tokens, there, self.grid, self.patch, self.stride)[1] > 0
+        return out
+
+    def join(self, tokens: Tensor, ids: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        """The array `(batch, channel, *space)` of some tokens, overlaps averaged, and where there is any (bool, same shape)."""
+        parts, reached = [], []
+        owned = self.own(ids)
+        for channel in range(self.num_channels):
+            mine = used & owned[:, :, channel, 0]
+            place = torch.where(mine, ids % self.num_places, self.num_places)
+            index = place[:, :, None, None].expand(-1, -1, 1, tokens.shape[3])
+            empty = tokens.new_zeros(len(ids), self.num_places + 1, 1, tokens.shape[3])
+            spread = empty.scatter(1, index, tokens[:, :, channel : channel + 1])
+            there = torch.zeros_like(spread[:, :, 0, 0], dtype=torch.bool).scatter(1, place, value=True)
+            image, number = blend(spread[:, :-1], there[:, :-1], self.grid, self.patch, self.stride)
+            parts.append(image)
+            reached.append(number > 0)
+        return torch.cat(parts, dim=1), torch.cat(reached, dim=1)
+
+
 def take(tokens: Tensor, ids: Int[Tensor, "batch count"]) -> Tensor:
     """Tokens at `ids`: `(batch, count, ...)` out of `(batch, length, ...)`."""
     index = ids.reshape(*ids.shape, *(1,) * (tokens.ndim - 2)).expand(*ids.shape, *tokens.shape[2:])
@@ -68,22 +213,3 @@ def token_valid(counted: Bool[Tensor, "batch *space"], patch: Sequence[int], min
     """Which patches are tokens: at least `min_fraction` of their voxels count, and never none of them."""
     share = patchify(counted.unsqueeze(1).float(), patch).mean(dim=(2, 3))
     return (share >= min_fraction) & (share > 0)
-
-
-def sincos_positions(grid: Sequence[int], dim: int) -> Float[Tensor, "length dim"]:
-    """Fixed sine-cosine position codes, in token units, for a grid of any number of axes.
-
-    The width is shared equally among the axes in array order (row before column), each axis getting sines then
-    cosines of the wave lengths of Vaswani et al. (2017). What is left over when `dim` is not a multiple of twice the
-    number of axes stays zero.
-    """
-    pairs = dim // (2 * len(grid))
-    if pairs == 0:
-        raise ValueError(f"a width of {dim} is too small for positions on {len(grid)} axes; use at least {2 * len(grid)}")
-    rates = 1.0 / 10000 ** (torch.arange(pairs, dtype=torch.float64) / pairs)
-    places = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid)).reshape(-1, len(grid))
-    codes = torch.zeros(len(places), dim, dtype=torch.float64)
-    for axis in range(len(grid)):
-        angles = places[:, axis, None] * rates
-        codes[:, 2 * axis * pairs : 2 * (axis + 1) * pairs] = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return codes.float()

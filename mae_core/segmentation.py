@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.augment import Batch, Normaliser, RawBatch, Sample, normalise
+from mae_core.augment import Batch, Normaliser, RawBatch, normalise
 from mae_core.export import Description, ModelError
 from mae_core.heads import Segmenter
 from mae_core.loader import fixed_batches, read_rows
+from mae_core.masking import Sample
 from mae_core.parallel import Parallel
 from mae_core.store import TileStore
 from mae_core.tiling import blended
@@ -51,8 +52,9 @@ class Segmentation:
     batch_size: int
     parallel: Parallel
 
-    def loss(self, model: nn.Module, raw: RawBatch) -> Loss:
+    def loss(self, model: nn.Module, raw: RawBatch, progress: float) -> Loss:
         """Dice + cross-entropy per sample, over voxels that have a value and a label."""
+        del progress
         batch = self.normaliser(raw, self.parallel.device)
         scores = model(arrange(batch.pixels, self.columns), self.has_value(batch))
         sums, counted = dice_cross_entropy(scores.float(), self.classes(batch))

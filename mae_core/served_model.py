@@ -2,7 +2,7 @@
 
 `predict` takes fp32 `(batch, channel, *space)` in normalised units, `(physical − mean) / std`, channels and statistics as
 in the model's metadata, every axis a multiple of the patch. A segmenter gives class numbers `(batch, *space)`, an encoder
-features `(batch, token, width)` without the class token.
+features `(batch, token, width)` without class token and registers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from mlflow.models import set_model
 from numpy.typing import NDArray
-from torch import nn
 
 from mae_core.export import DESCRIPTION, Description, load_encoder, load_segmenter
-from mae_core.nd import patchify, token_grid
+from mae_core.heads import Segmenter
+from mae_core.vit import Encoder, all_tokens
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -27,23 +27,21 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the model folder that was logged as the artifact `model`."""
         folder = Path(context.artifacts["model"])
-        self.kind = Description.model_validate_json((folder / DESCRIPTION).read_text()).kind
-        self.model: nn.Module
-        self.model, self.description = load_segmenter(folder) if self.kind == "segmenter" else load_encoder(folder)
+        kind = Description.model_validate_json((folder / DESCRIPTION).read_text()).kind
+        self.model: Segmenter | Encoder
+        self.model, self.description = load_segmenter(folder) if kind == "segmenter" else load_encoder(folder)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> NDArray[Any]:
         """Class numbers or features of a batch."""
         del context, params
         pixels = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.float32))
-        grid = token_grid(pixels.shape[2:], self.description.encoder.patch)
         with torch.inference_mode():
-            if self.kind == "segmenter":
+            if isinstance(self.model, Segmenter):
                 best = self.model(pixels, torch.ones_like(pixels[:, 0], dtype=torch.bool)).argmax(dim=1)
                 values = torch.tensor([value for value, _ in self.description.classes])
                 return np.asarray(values[best])
-            patches = patchify(pixels, self.description.encoder.patch)
-            ids = torch.arange(patches.shape[1]).expand(len(pixels), -1)
-            return np.asarray(self.model(patches, ids, grid)[:, 1:])
+            every = all_tokens(self.model.layout(pixels.shape[2:]), pixels)
+            return np.asarray(self.model(every.patches, every.ids, every.layout.grid)[:, self.model.num_prefix :])
 
 
 set_model(ServedModel())

@@ -7,13 +7,22 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Settings(BaseModel):
     """Base of every settings model; each is declared beside the part that it sets, with its defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def default_kind(kind: str) -> BeforeValidator:
+    """For a closed union told apart by `kind`: settings that do not say which are of this one."""
+
+    def fill(value: Any) -> Any:
+        return {"kind": kind, **value} if isinstance(value, Mapping) and "kind" not in value else value
+
+    return BeforeValidator(fill)
 
 
 def to_plain(settings: BaseModel) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class Loss:
 class Task(Protocol):
     """What is trained: turns raw batches into a loss, and looks at held-out tiles."""
 
-    def loss(self, model: nn.Module, raw: RawBatch) -> Loss:
-        """Loss of a micro-batch."""
+    def loss(self, model: nn.Module, raw: RawBatch, progress: float) -> Loss:
+        """Loss of a micro-batch at a share of the run, in [0, 1)."""
         ...
 
     def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
@@ -128,7 +128,7 @@ def train(
         losses = []
         for number, raw in enumerate(batches):
             with _no_reduction(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
-                loss = task.loss(model, raw)
+                loss = task.loss(model, raw, state.step / settings.steps)
             (loss.total / loss.nominal).backward()
             losses.append(loss)
         total, count = parallel.sum(torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -11,8 +12,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mae_core.nd import sincos_positions, take
+from mae_core.context import Context, ContextEmbedding, ContextSettings
+from mae_core.nd import TokenLayout, token_grid, token_valid
+from mae_core.positions import Places, PositionSettings
 from mae_core.settings import Settings
 
 PRESETS: dict[str, tuple[int, int, int]] = {
@@ -29,13 +33,31 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 class EncoderSettings(Settings):
     """Shape of the encoder."""
 
+    kind: Literal["vit"] = "vit"
     preset: Literal["nano", "tiny", "small", "base", "large", "huge"] = Field(
         "tiny", description="Width, depth and heads of the encoder; base, large and huge as in the paper"
     )
     patch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (8,), min_length=1, max_length=3, description="Voxels of a token per axis; one number serves every axis"
     )
+    stride: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), max_length=3, description="Voxels between tokens per axis; smaller than the patch: patches overlap (default: the patch)"
+    )
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over the token width")
+    class_token: bool = Field(True, description="One token more that gathers the whole sample, as in the paper")
+    num_registers: int = Field(0, ge=0, description="Further tokens without a place (Darcet et al. 2024)")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that the last block is passed by in training; less in earlier ones")
+    groups: tuple[tuple[str, ...], ...] | Literal["each"] = Field(
+        (), description="Channels that share tokens, such as [[B02,B03,B04],[B8A]]; each: one group a channel (default: one group of all)"
+    )
+    positions: PositionSettings = PositionSettings()
+    context: ContextSettings = ContextSettings()
+    recompute: bool = Field(False, description="Compute blocks again in the backward pass instead of keeping what is inside them")
+
+    @property
+    def step(self) -> tuple[int, ...]:
+        """Voxels between tokens per axis."""
+        return self.stride or self.patch
 
     @property
     def width(self) -> int:
@@ -77,9 +99,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -87,9 +110,16 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, used: Tensor | None) -> Tensor:
         """Tokens of the same shape."""
-        tokens = tokens + self.attention(self.norm1(tokens), used)
-        out: Tensor = tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens + self._kept(self.attention(self.norm1(tokens), used))
+        out: Tensor = tokens + self._kept(self.mlp(self.norm2(tokens)))
         return out
+
+    def _kept(self, change: Tensor) -> Tensor:
+        """Stochastic depth per sample (Huang et al. 2016), from torch's own random state, which checkpoints hold."""
+        if not self.training or self.drop_path == 0:
+            return change
+        stays = torch.rand(len(change), 1, 1, device=change.device) >= self.drop_path
+        return torch.where(stays, change / (1 - self.drop_path), 0.0)
 
 
 class ChannelEmbedding(nn.Module):
@@ -122,22 +152,42 @@ class ChannelEmbedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT encoder over the tokens that it is shown, with a class token and fixed sine-cosine positions."""
+    """ViT encoder over the tokens that it is shown, behind a class token and registers."""
 
     def __init__(self, settings: EncoderSettings, channels: Sequence[str]) -> None:
         super().__init__()
         self.settings = settings
-        self.embed = ChannelEmbedding(channels, math.prod(settings.patch), settings.width)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, settings.width))
-        self.blocks = nn.ModuleList(Block(settings.width, settings.heads, settings.mlp_ratio) for _ in range(settings.depth))
-        self.norm = nn.LayerNorm(settings.width, eps=1e-6)
-        nn.init.normal_(self.class_token, std=0.02)
+        width, depth = settings.width, settings.depth
+        self.groups = channel_groups(settings.groups, channels)
+        self.embed = ChannelEmbedding(channels, math.prod(settings.patch), width)
+        if settings.class_token:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        rates = [settings.drop_path * number / max(1, depth - 1) for number in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, settings.heads, settings.mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if settings.class_token:
+            nn.init.normal_(self.class_token, std=0.02)
         init_linears(self.blocks)
+        if settings.num_registers:
+            self.register_token = nn.Parameter(torch.empty(1, settings.num_registers, width))
+            nn.init.normal_(self.register_token, std=0.02)
+        self.places = Places(settings.positions, len(self.groups), width)
+        self.context = ContextEmbedding(settings.context, len(settings.patch), width) if settings.context.kinds else None
 
     @property
     def channels(self) -> tuple[str, ...]:
         """Names of the channels that can be fed."""
         return self.embed.channels
+
+    @property
+    def num_prefix(self) -> int:
+        """Features before those of the first shown token: class token and registers."""
+        return int(self.settings.class_token) + self.settings.num_registers
+
+    def layout(self, space: Sequence[int]) -> TokenLayout:
+        """How a crop of all channels becomes tokens."""
+        settings = self.settings
+        return TokenLayout(token_grid(space, settings.step), settings.patch, settings.step, self.groups, len(self.channels))
 
     def forward(
         self,
@@ -146,17 +196,19 @@ class Encoder(nn.Module):
         grid: Sequence[int],
         used: Bool[Tensor, "batch token"] | None = None,
         channels: Sequence[str] | None = None,
-    ) -> Float[Tensor, "batch token_and_class width"]:
-        """Features of the shown tokens behind the class token (index 0).
+        context: Context | None = None,
+    ) -> Float[Tensor, "batch prefix_and_token width"]:
+        """Features of the shown tokens behind `num_prefix` others (class token first, then registers).
 
         Args:
-            patches: Pixels of the shown tokens, in normalised units, zero where there is no value.
-            ids: Their numbers on the token grid, which give the positions.
+            patches: Pixels of the shown tokens, in normalised units, zero where there is no value and in channels of other groups.
+            ids: Their numbers, `group · places + place`, which give the positions.
             grid: Tokens per axis.
             used: False for slots that hold no token; nothing attends to them.
             channels: Names of the channel axis, if not all in the encoder's own order.
+            context: What else is known of the samples.
         """
-        return self.norm(self.layers(patches, ids, grid, used, channels)[-1])  # type: ignore[no-any-return]
+        return self.norm(self.layers(patches, ids, grid, used, channels, context)[-1])  # type: ignore[no-any-return]
 
     def layers(
         self,
@@ -165,30 +217,106 @@ class Encoder(nn.Module):
         grid: Sequence[int],
         used: Tensor | None = None,
         channels: Sequence[str] | None = None,
+        context: Context | None = None,
     ) -> list[Tensor]:
         """Output of every block, before the last norm; arguments as for `forward`."""
         tokens = self.embed(patches, channels)
-        tokens = tokens + take(positions(grid, tokens).expand(len(tokens), -1, -1), ids)
-        tokens, used = prepend(self.class_token, tokens, used)
+        tokens = tokens + self.places(ids, grid, token_size(context, self.settings.step))
+        if self.context is not None and context is not None:
+            tokens = tokens + self.context(context)[:, None]
+        if self.settings.num_registers:
+            tokens, used = prepend(self.register_token, tokens, used)
+        if self.settings.class_token:
+            tokens, used = prepend(self.class_token, tokens, used)
+        if used is not None and not self.num_prefix:
+            used = used | ~used.any(dim=1, keepdim=True)  # attention over nothing is not a number
         outputs = []
         for block in self.blocks:
-            tokens = block(tokens, used)
+            if self.settings.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, used, use_reentrant=False)
+            else:
+                tokens = block(tokens, used)
             outputs.append(tokens)
         return outputs
 
 
-def positions(grid: Sequence[int], like: Tensor) -> Float[Tensor, "1 length width"]:
-    """Position codes of a whole grid on the device of `like`, whose last axis gives the width.
+@dataclass(frozen=True)
+class AllTokens:
+    """Every token of a batch, as an encoder is fed.
 
-    They stay fp32, and so does the residual stream that they are added to, under autocast too.
+    Attributes:
+        patches: `(batch, token, channel, voxel)`.
+        ids: Token numbers `(batch, token)`.
+        used: False for tokens without any value; None where every token has one.
+        layout: How the crop became tokens.
     """
-    return sincos_positions(grid, like.shape[-1]).to(like.device)[None]
+
+    patches: Float[Tensor, "batch token channel voxel"]
+    ids: Int[Tensor, "batch token"]
+    used: Bool[Tensor, "batch token"] | None
+    layout: TokenLayout
+
+    def by_place(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch width *grid"]:
+        """Features as an array over the grid, the mean over the channel groups."""
+        mean = tokens.unflatten(1, (len(self.layout.groups), -1)).mean(dim=1)
+        out: Tensor = mean.transpose(1, 2).unflatten(2, self.layout.grid)
+        return out
+
+
+def all_tokens(layout: TokenLayout, pixels: Tensor, has_value: Bool[Tensor, "batch *space"] | None = None) -> AllTokens:
+    """Every token of a batch in normalised units; with `has_value`, tokens without any value are not used."""
+    ids = torch.arange(math.prod(layout.full_grid), device=pixels.device).expand(len(pixels), -1)
+    used = None
+    if has_value is not None:
+        valid = token_valid(has_value, layout.stride, 0.0).repeat(1, len(layout.groups))
+        used = None if bool(valid.all()) else valid
+    return AllTokens(layout.pick(layout.split(pixels), ids), ids, used, layout)
+
+
+def token_size(context: Context | None, step: Sequence[int]) -> Float[Tensor, "batch axis"] | None:
+    """Physical distance between tokens along each axis, if the distance between voxels is known."""
+    return None if context is None else context.spacing * torch.tensor(step, device=context.spacing.device)
+
+
+def channel_groups(groups: Sequence[Sequence[str]] | Literal["each"], channels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Channel numbers of each group; one group of all where none are given.
+
+    Raises:
+        ValueError: The groups are no division of the channels.
+    """
+    if groups == "each":
+        return tuple((number,) for number in range(len(channels)))
+    if not groups:
+        return (tuple(range(len(channels))),)
+    named = [name for group in groups for name in group]
+    if sorted(named) != sorted(channels) or not all(groups):
+        raise ValueError(
+            f"model.encoder.groups={[list(group) for group in groups]} must name each channel of the data once: {list(channels)}"
+        )
+    return tuple(tuple(list(channels).index(name) for name in group) for group in groups)
+
+
+def pooled(
+    features: Float[Tensor, "batch prefix_and_token width"], num_prefix: int, used: Tensor | None, how: Literal["class", "mean"]
+) -> Float[Tensor, "batch width"]:
+    """One vector per sample: the class token, or the mean of its tokens (zero where it has none).
+
+    Raises:
+        ValueError: There is no class token.
+    """
+    if how == "class":
+        if not num_prefix:
+            raise ValueError("this encoder has no class token; pool=mean takes the mean of its tokens")
+        return features[:, 0]
+    tokens = features[:, num_prefix:]
+    kept = torch.ones_like(tokens[..., 0], dtype=torch.bool) if used is None else used
+    return torch.where(kept[..., None], tokens, 0.0).sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def prepend(token: Tensor, tokens: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`tokens` behind one more that is always used."""
+    """`tokens` behind some more that are always used."""
     tokens = torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-    return tokens, None if used is None else F.pad(used, (1, 0), value=True)
+    return tokens, None if used is None else F.pad(used, (token.shape[1], 0), value=True)
 
 
 def init_linears(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from mae_core.mae import MaskedAutoencoder, ModelSettings
-from mae_core.masking import RandomHiding, hide, num_kept
+from mae_core.masking import RandomHiding, Sample, hide, num_kept
 from mae_core.nd import per_axis, token_grid, token_valid
 from mae_core.optim import OptimSettings, make_optimiser
 from mae_core.settings import Settings, to_plain
@@ -81,7 +81,7 @@ def training_step(settings: BenchmarkSettings, device: torch.device) -> tuple[Ca
     losses: list[float] = []
 
     def step() -> None:
-        plan = hide(valid, settings.hiding, 0, number * 0 + len(losses), number, number * 0)
+        plan = hide(valid, (1, valid.shape[1]), settings.hiding, 0, Sample(number * 0 + len(losses), number, number * 0))
         output = model(pixels, counted, present, plan)
         loss = output.error_sum.sum() / output.count.sum()
         loss.backward()

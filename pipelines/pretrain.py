@@ -20,14 +20,15 @@ from mae_core.evaluate import Panel, Pretraining
 from mae_core.export import Description, ModelError, save_model
 from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings
-from mae_core.masking import RandomHiding
-from mae_core.nd import per_axis, token_grid
+from mae_core.masking import HidingSettings, RandomHiding, check_hiding
+from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import DeviceError, processes
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
+from mae_core.vit import channel_groups
 from pipelines.command_line import run
 from pipelines.progress import console, training
 from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
@@ -53,7 +54,7 @@ class PretrainRecipe(Settings):
         (), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile"
     )
     model: ModelSettings = ModelSettings()
-    hiding: RandomHiding = RandomHiding()
+    hiding: HidingSettings = RandomHiding()
     augment: AugmentSettings = AugmentSettings()
     loader: LoaderSettings = LoaderSettings()
     optim: OptimSettings = OptimSettings()
@@ -78,16 +79,21 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     axes = len(store.space)
     try:
         patch = per_axis(recipe.model.encoder.patch, axes, "model.encoder.patch")
-        usual = tuple(max(part, size * 3 // 4 // part * part) for size, part in zip(store.space, patch, strict=True))
+        stride = per_axis(recipe.model.encoder.stride, axes, "model.encoder.stride") if recipe.model.encoder.stride else ()
+        step = stride or patch
+        margins(patch, step)
+        usual = tuple(max(part, size * 3 // 4 // part * part) for size, part in zip(store.space, step, strict=True))
         crop = per_axis(recipe.crop, axes, "crop") if recipe.crop else usual
-        grid = token_grid(crop, patch)
+        grid = token_grid(crop, step)
+        groups = channel_groups(recipe.model.encoder.groups, store.channels)
+        check_hiding(recipe.hiding, (len(groups), *grid))
     except ValueError as error:
         raise RunError(str(error)) from error
     if any(size > room for size, room in zip(crop, store.space, strict=True)):
         raise RunError(f"crop={list(crop)} does not fit into the store's tiles of {list(store.space)}; lower crop, or prepare larger tiles")
     if np.prod(grid) < 4:
-        raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(patch)}; raise crop or lower model.encoder.patch")
-    encoder = recipe.model.encoder.model_copy(update={"patch": patch})
+        raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(step)}; raise crop or lower model.encoder.patch")
+    encoder = recipe.model.encoder.model_copy(update={"patch": patch, "stride": stride})
     return recipe.model_copy(update={"crop": crop, "model": recipe.model.model_copy(update={"encoder": encoder})})
 
 

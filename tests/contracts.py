@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_core.masking import HidingPlan, RandomHiding, hide
+from mae_core.masking import HidingPlan, RandomHiding, Sample, hide
 from mae_core.nd import patchify, take, token_grid, token_valid, unpatchify
-from mae_core.targets import NormalisedPixelTarget, PixelTarget, make_target
+from mae_core.targets import PcaBasis, Target, TargetSettings, make_target
 from tests.synthetic_batches import generator
 
 
@@ -34,7 +34,7 @@ class HidingContract:
 
     def plan(self, valid: Tensor, seed: int = 0) -> HidingPlan:
         name = torch.arange(len(valid))
-        return hide(valid, self.settings, seed, name, name + 50, name * 0)
+        return hide(valid, (1, valid.shape[1]), self.settings, seed, Sample(name, name + 50, name * 0))
 
     @pytest.mark.parametrize("length", [1, 2, 5, 36, 100])
     @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
@@ -78,50 +78,65 @@ class HidingContract:
 class TargetContract:
     """What every target keeps."""
 
-    settings: PixelTarget | NormalisedPixelTarget
+    settings: TargetSettings
 
     def patches(self) -> tuple[Tensor, Tensor]:
         patches = 3 + 2 * torch.randn(2, 5, 3, 16, generator=generator(1))
         return patches, torch.rand(2, 5, 3, 16, generator=generator(2)) < 0.7
 
+    def basis(self, patches: Tensor) -> PcaBasis | None:
+        """Of the targets that need one."""
+        return None
+
+    def make(self, patches: Tensor, counted: Tensor) -> Target:
+        return make_target(patches, counted, self.settings, self.basis(patches))
+
+    def before_scaling(self, patches: Tensor) -> Tensor:
+        """What `values * std + mean` must give where it counts."""
+        return patches
+
+    def may_count(self, counted: Tensor) -> Tensor:
+        """Elements of the target that are made of elements that count alone."""
+        return counted
+
     @pytest.mark.parametrize("rubbish", [math.nan, math.inf, 1e30])
     def test_what_does_not_count_touches_nothing(self, rubbish: float) -> None:
         patches, counted = self.patches()
-        clean = make_target(patches, counted, self.settings)
-        dirty = make_target(torch.where(counted, patches, rubbish), counted, self.settings)
-        for name in ("values", "counted", "mean", "std", "num_flat"):
+        clean = self.make(patches, counted)
+        dirty = self.make(torch.where(counted, patches, rubbish), counted)
+        for name in ("values", "counted", "mean", "std", "num_flat", "num_partial"):
             assert torch.equal(getattr(clean, name), getattr(dirty, name)), name
 
     def test_values_are_finite_fp32_and_zero_where_nothing_counts(self) -> None:
         patches, counted = self.patches()
         counted[1, 2] = False
-        target = make_target(patches.bfloat16(), counted, self.settings)
+        target = self.make(patches.bfloat16(), counted)
         assert target.values.dtype == torch.float32
         assert target.values.isfinite().all()
         assert not target.values[~target.counted].any()
 
     def test_nothing_counts_that_was_not_to_count(self) -> None:
         patches, counted = self.patches()
-        assert not (make_target(patches, counted, self.settings).counted & ~counted).any()
+        assert not (self.make(patches, counted).counted & ~self.may_count(counted)).any()
 
     def test_mean_and_std_bring_it_back_to_input_units(self) -> None:
         patches, counted = self.patches()
-        target = make_target(patches, counted, self.settings)
+        target = self.make(patches, counted)
         back = target.values * target.std + target.mean
         assert target.counted.any()
-        torch.testing.assert_close(back[target.counted], patches[target.counted], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back[target.counted], self.before_scaling(patches)[target.counted], rtol=1e-5, atol=1e-5)
 
     def test_a_patch_has_its_target_whatever_is_beside_it(self) -> None:
         patches, counted = self.patches()
-        whole = make_target(patches, counted, self.settings).values
-        alone = make_target(patches[1:, 3:4], counted[1:, 3:4], self.settings).values
+        whole = self.make(patches, counted).values
+        alone = self.make(patches[1:, 3:4], counted[1:, 3:4]).values
         torch.testing.assert_close(alone[0, 0], whole[1, 3], rtol=0, atol=0)
 
     def test_neighbouring_numbers_of_twelve_bits_stay_apart(self) -> None:
         stored = torch.full((1, 1, 1, 16), 4095.0)
         stored[..., ::2] = 4094.0
         with torch.autocast("cpu", torch.bfloat16):
-            values = make_target(stored, torch.ones_like(stored, dtype=torch.bool), self.settings).values
+            values = self.make(stored, torch.ones_like(stored, dtype=torch.bool)).values
         assert len(values.unique()) == 2
 
 

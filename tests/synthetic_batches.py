@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mae_core.augment import Batch, RawBatch, Sample
-from mae_core.mae import DecoderSettings, MaskedAutoencoder, ModelSettings
-from mae_core.masking import HidingPlan, RandomHiding, hide
-from mae_core.nd import token_valid
+from mae_core.augment import Batch, RawBatch
+from mae_core.decoders import DecoderSettings
+from mae_core.mae import MaskedAutoencoder, ModelSettings
+from mae_core.masking import HidingPlan, RandomHiding, Sample, hide
+from mae_core.nd import TokenLayout, token_grid, token_valid
 from mae_core.store import TileStore
 from mae_core.store_writer import ShardWriter, StoreLayout, finish, merge_moments
 from mae_core.targets import NormalisedPixelTarget, PixelTarget
-from mae_core.vit import EncoderSettings
+from mae_core.vit import EncoderSettings, channel_groups
 
 CHANNELS = ("red", "green", "blue")
 CASES = [((24,), (4,)), ((12, 15), (4, 3)), ((4, 8, 6), (2, 4, 2))]
@@ -85,7 +86,14 @@ def batch_of(space: tuple[int, ...], size: int = 2, channels: int = len(CHANNELS
 def plan_of(batch: Batch, settings: ModelSettings, ratio: float = 0.75, seed: int = 0) -> HidingPlan:
     """The plan that a run would make for a batch."""
     valid = token_valid(batch.counted, settings.encoder.patch, settings.min_token_valid_fraction)
-    return hide(valid, RandomHiding(mask_ratio=ratio), seed, batch.sample.epoch, batch.sample.tile, batch.sample.repeat)
+    return hide(valid, (1, valid.shape[1]), RandomHiding(mask_ratio=ratio), seed, batch.sample)
+
+
+def layout_of(batch: Batch, settings: ModelSettings) -> TokenLayout:
+    """How a model of these settings makes tokens of a batch."""
+    encoder, channels = settings.encoder, tuple(f"c{number}" for number in range(batch.pixels.shape[1]))
+    grid = token_grid(batch.pixels.shape[2:], encoder.step)
+    return TokenLayout(grid, encoder.patch, encoder.step, channel_groups(encoder.groups, channels), len(channels))
 
 
 def raw_of(pixels: Tensor, quality: Tensor | None = None, labels: Tensor | None = None, **more: Any) -> RawBatch:

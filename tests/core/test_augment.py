@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.augment import AugmentSettings, Batch, Normaliser, RawBatch, Sample, normalise
+from mae_core.augment import AugmentSettings, Batch, Normaliser, RawBatch, normalise
+from mae_core.masking import Sample
 from tests.synthetic_batches import generator, names, raw_of
 
 CPU = torch.device("cpu")

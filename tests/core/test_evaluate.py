@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Batch, Normaliser
+from mae_core.context import Context
 from mae_core.evaluate import Panel, Pretraining, make_panel, trivial_errors
 from mae_core.loader import read_rows
 from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings
@@ -21,7 +22,20 @@ from mae_core.parallel import Parallel
 from mae_core.store import TileStore
 from mae_core.targets import NormalisedPixelTarget, PixelTarget, make_target
 from tests.contracts import hidden_set, shown_set
-from tests.synthetic_batches import CASES, CHANNELS, batch_of, by_axes, model_of, names, one_thread, places, plan_of, settings_of, store_of
+from tests.synthetic_batches import (
+    CASES,
+    CHANNELS,
+    batch_of,
+    by_axes,
+    layout_of,
+    model_of,
+    names,
+    one_thread,
+    places,
+    plan_of,
+    settings_of,
+    store_of,
+)
 
 __all__ = ["one_thread"]
 
@@ -37,8 +51,8 @@ class Fixed(MaskedAutoencoder):
 
     share = 1.0
 
-    def forward(self, pixels: Tensor, counted: Tensor, present: Tensor, plan: HidingPlan) -> MaeOutput:
-        output = super().forward(pixels, counted, present, plan)
+    def forward(self, pixels: Tensor, counted: Tensor, present: Tensor, plan: HidingPlan, context: Context | None = None) -> MaeOutput:
+        output = super().forward(pixels, counted, present, plan, context)
         predicted = self.share * output.target.values
         error = torch.where(output.target.counted, predicted - output.target.values, 0.0).square()
         return replace(output, predicted=predicted, error_sum=error.sum(dim=(1, 3)))
@@ -118,7 +132,7 @@ def test_the_training_loss_is_the_models(store: TileStore) -> None:
     settings = settings_of(PATCH)
     model, run = model_of(settings), task(store, settings)
     raw = read_rows(store, np.arange(3), names(3))
-    loss = run.loss(model, raw)
+    loss = run.loss(model, raw, 0.0)
     batch = run.normaliser(raw, ALONE.device)
     output = model(batch.pixels, batch.counted, batch.present, plan_of(batch, settings, ratio=0.5))
     assert torch.equal(loss.total, output.error_sum.sum(dim=1).sum())
@@ -171,12 +185,12 @@ def test_trivial_errors_are_the_naive_loop(
     batch = uneven(space)
     plan = plan_of(batch, settings, ratio=0.5)
     output = model_of(settings)(batch.pixels, batch.counted, batch.present, plan)
-    zero, mean, interpolated = trivial_errors(batch, plan, output, settings)
+    zero, mean, interpolated = trivial_errors(batch, layout_of(batch, settings), output, settings)
     torch.testing.assert_close(zero, torch.where(output.target.counted, output.target.values, 0).square().sum(dim=(1, 3)))
     torch.testing.assert_close(mean, naive_trivial(batch, plan, output, settings, near=False), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(interpolated, naive_trivial(batch, plan, output, settings, near=True), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = trivial_errors(batch, plan, output, settings)
+        rounded = trivial_errors(batch, layout_of(batch, settings), output, settings)
     for one, other in zip(rounded, (zero, mean, interpolated), strict=True):
         assert torch.equal(one, other), "the precision of the model is not that of the yardstick"
 
@@ -184,7 +198,7 @@ def test_trivial_errors_are_the_naive_loop(
 def panel_of(batch: Batch, settings: ModelSettings, index: int) -> tuple[Panel, HidingPlan, MaeOutput]:
     plan = plan_of(batch, settings)
     output = fixed(settings, 1)(batch.pixels, batch.counted, batch.present, plan)
-    return make_panel(index, batch, plan, output, settings.encoder.patch, CHANNELS), plan, output
+    return make_panel(index, batch, layout_of(batch, settings), output, CHANNELS), plan, output
 
 
 def in_tokens(image: np.ndarray, patch: tuple[int, ...]) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Batch, Normaliser, RawBatch
-from mae_core.mae import DECODER_PRESETS, DecoderSettings, MaeOutput, MaskedAutoencoder, ModelSettings
+from mae_core.decoders import DECODER_PRESETS, DecoderSettings
+from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings
 from mae_core.masking import HidingPlan, plan_from_hidden
-from mae_core.nd import patchify, sincos_positions, take, token_valid, unpatchify
+from mae_core.nd import patchify, take, token_valid, unpatchify
+from mae_core.positions import sincos_positions
 from mae_core.targets import NormalisedPixelTarget, PixelTarget
 from mae_core.vit import PRESETS, EncoderSettings
 from tests.contracts import hidden_set, shown_set
@@ -256,9 +258,9 @@ def as_planes(pixels: Tensor) -> Tensor:
     return pixels.unsqueeze(2)
 
 
-def flat_positions(grid: Sequence[int], like: Tensor) -> Tensor:
+def flat_positions(grid: Sequence[int], width: int, *_: object) -> Tensor:
     """Positions on the last two axes, whatever stands before them."""
-    return sincos_positions(tuple(grid)[-2:], like.shape[-1])[None]
+    return sincos_positions(tuple(grid)[-2:], width)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -268,8 +270,7 @@ def test_a_plane_is_a_volume_of_one_slice(target: NormalisedPixelTarget | PixelT
     Positions share the token width among the axes, so two axes and three get different codes by design; with the same
     codes all the rest of the model must not know how many axes there are.
     """
-    monkeypatch.setattr("mae_core.vit.positions", flat_positions)
-    monkeypatch.setattr("mae_core.mae.positions", flat_positions)
+    monkeypatch.setattr("mae_core.positions.cached_positions", flat_positions)
     plane, volume = model_of(settings_of((4, 3), target)), model_of(settings_of((1, 4, 3), target))
     volume.load_state_dict(plane.state_dict())
     batch = spotted(batch_of((12, 15)), share=0.1)

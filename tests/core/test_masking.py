@@ -16,6 +16,7 @@ from mae_core.masking import (
     STREAM_HIDE,
     HidingPlan,
     RandomHiding,
+    Sample,
     counter_below,
     counter_bits,
     hide,
@@ -33,8 +34,8 @@ class TestRandomHiding(HidingContract):
 
 
 def one(epoch: int = 0, tile: int = 7, repeat: int = 0, seed: int = 0, length: int = 64) -> HidingPlan:
-    name = (torch.tensor([number]) for number in (epoch, tile, repeat))
-    return hide(torch.ones(1, length, dtype=torch.bool), RandomHiding(), seed, *name)
+    name = Sample(*(torch.tensor([number]) for number in (epoch, tile, repeat)))
+    return hide(torch.ones(1, length, dtype=torch.bool), (1, length), RandomHiding(), seed, name)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def one(epoch: int = 0, tile: int = 7, repeat: int = 0, seed: int = 0, length: i
 )
 def test_the_number_of_tokens_kept(length: int, ratio: float, kept: int) -> None:
     assert num_kept(length, ratio) == kept
-    plan = hide(torch.ones(2, length, dtype=torch.bool), RandomHiding(mask_ratio=ratio), 0, *[torch.arange(2)] * 3)
+    plan = hide(torch.ones(2, length, dtype=torch.bool), (1, length), RandomHiding(mask_ratio=ratio), 0, Sample(*[torch.arange(2)] * 3))
     assert plan.visible.shape == (2, kept)
     assert plan.hidden.shape == (2, length - kept)
     assert plan.full
@@ -118,11 +119,12 @@ def test_any_batching_and_order_gives_the_same_sets(length: int, ratio: float, d
     settings = RandomHiding(mask_ratio=ratio)
     valid = torch.rand(5, length, generator=generator(draw)) < 0.7
     epoch, tile, repeat = (torch.randint(0, high, (5,), generator=generator(draw + 1)) for high in (3, LAST, 4))
-    whole = hide(valid, settings, seed, epoch, tile, repeat)
+    name = Sample(epoch, tile, repeat)
+    whole = hide(valid, (1, length), settings, seed, name)
     order = torch.randperm(5, generator=generator(draw + 2))
-    mixed = hide(valid[order], settings, seed, epoch[order], tile[order], repeat[order])
+    mixed = hide(valid[order], (1, length), settings, seed, name.shuffled(order))
     for place, index in enumerate(order.tolist()):
-        alone = hide(*(valid[index : index + 1], settings, seed), *(part[index : index + 1] for part in (epoch, tile, repeat)))
+        alone = hide(valid[index : index + 1], (1, length), settings, seed, name.shuffled(torch.tensor([index])))
         assert hidden_set(whole, index) == hidden_set(mixed, place) == hidden_set(alone, 0)
         assert shown_set(whole, index) == shown_set(mixed, place) == shown_set(alone, 0)
 
@@ -136,7 +138,7 @@ def test_every_part_of_the_name_and_the_seed_change_the_set() -> None:
 def test_every_place_is_hidden_equally_often() -> None:
     samples, length, share = 4000, 16, 0.75
     name = (torch.zeros(samples, dtype=torch.int64), torch.arange(samples), torch.zeros(samples, dtype=torch.int64))
-    plan = hide(torch.ones(samples, length, dtype=torch.bool), RandomHiding(mask_ratio=share), 11, *name)
+    plan = hide(torch.ones(samples, length, dtype=torch.bool), (1, length), RandomHiding(mask_ratio=share), 11, Sample(*name))
     found = torch.bincount(plan.hidden.flatten(), minlength=length).double()
     wanted = samples * share
     statistic = float(((found - wanted) ** 2 / (wanted * (1 - share))).sum()) * (length - 1) / length
@@ -146,7 +148,7 @@ def test_every_place_is_hidden_equally_often() -> None:
 def test_all_sets_are_equally_likely() -> None:
     samples = 6000
     name = (torch.arange(samples), torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64))
-    plan = hide(torch.ones(samples, 4, dtype=torch.bool), RandomHiding(mask_ratio=0.5), 12, *name)
+    plan = hide(torch.ones(samples, 4, dtype=torch.bool), (1, 4), RandomHiding(mask_ratio=0.5), 12, Sample(*name))
     found = torch.bincount((1 << plan.hidden).sum(dim=1), minlength=16).double()
     found = found[found > 0]
     assert len(found) == 6
@@ -174,7 +176,7 @@ def test_uneven_hidden_sets_and_tokens_that_are_none(length: int, seed: int) -> 
 
 def test_shape_types_are_checked() -> None:
     with pytest.raises(Exception, match="valid"):
-        hide(torch.ones(2, 8), RandomHiding(), 0, *[torch.zeros(2, dtype=torch.int64)] * 3)
+        hide(torch.ones(2, 8), (1, 8), RandomHiding(), 0, Sample(*[torch.zeros(2, dtype=torch.int64)] * 3))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5])
@@ -189,7 +191,7 @@ def mixed_valid(length: int) -> Tensor:
 
 def test_slots_have_the_same_shape_whatever_is_valid() -> None:
     name = [torch.arange(4)] * 3
-    plans = [hide(valid, RandomHiding(), 0, *name) for valid in (mixed_valid(20), torch.ones(4, 20, dtype=torch.bool))]
+    plans = [hide(valid, (1, 20), RandomHiding(), 0, Sample(*name)) for valid in (mixed_valid(20), torch.ones(4, 20, dtype=torch.bool))]
     assert plans[0].visible.shape == plans[1].visible.shape == (4, 5)
     assert plans[0].hidden.shape == plans[1].hidden.shape == (4, 15)
     assert not plans[0].full

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.nd import patchify, per_axis, sincos_positions, take, token_grid, token_valid, unpatchify
+from mae_core.nd import patchify, per_axis, take, token_grid, token_valid, unpatchify
+from mae_core.positions import sincos_positions
 from tests.synthetic_batches import generator, grids, places
 
 

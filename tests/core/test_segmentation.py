@@ -206,12 +206,12 @@ def test_the_loss_counts_samples_and_moves_labels_with_pixels(store: TileStore) 
     assert raw.labels is not None
     raw.labels[2] = -1
     wrong = task(store, AugmentSettings())
-    loss = replace(wrong, values=(0, 1)).loss(oracle(), raw)
+    loss = replace(wrong, values=(0, 1)).loss(oracle(), raw, 0.0)
     assert int(loss.count) == 3
     assert float(loss.total.detach()) == pytest.approx(0, abs=0.3), "labels lie on their pixels"
     assert loss.per_sample.tolist()[2] == 0
     assert loss.tile.tolist() == [100, 101, 102, 103]
-    assert float(wrong.loss(oracle(), raw).total) > 100
+    assert float(wrong.loss(oracle(), raw, 0.0).total) > 100
 
 
 def description() -> Description:

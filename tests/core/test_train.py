@@ -61,7 +61,7 @@ def test_another_seed_is_another_run(store: TileStore) -> None:
 @pytest.mark.parametrize("micro", [1, 2])
 def test_micro_batches_that_count_unevenly_give_the_update_of_the_whole_batch(store: TileStore, micro: int) -> None:
     whole, divided = (tiny_run(store, tiny_recipe(train__steps=4, loader__micro_batch_size=size)) for size in (None, micro))
-    counts = [float(divided.task.loss(divided.state.model, raw).count) for raw in next(divided.stream.steps(0, 1))[0]]
+    counts = [float(divided.task.loss(divided.state.model, raw, 0.0).count) for raw in next(divided.stream.steps(0, 1))[0]]
     assert len(set(counts)) > 1, "the micro-batches of this test must not count alike"
     left, right = whole.train(), divided.train()
     for key in ("train/loss", "train/grad_norm"):
@@ -74,7 +74,7 @@ def test_an_update_moves_by_the_gradient_of_the_mean_over_all_counted_voxels(sto
     recipe = tiny_recipe(train__steps=1, optim__clip_norm=1e9, optim__warmup_fraction=0)
     naive = tiny_run(store, recipe)
     ((whole,), _) = next(naive.stream.steps(0, 1))
-    loss = naive.task.loss(naive.state.model, whole)
+    loss = naive.task.loss(naive.state.model, whole, 0.0)
     (loss.total / loss.count).backward()
     known = {name: weight.grad for name, weight in naive.state.model.named_parameters() if weight.grad is not None}
 

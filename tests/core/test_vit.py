@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mae_core.nd import patchify, take, token_grid
-from mae_core.vit import PRESETS, Attention, Block, ChannelEmbedding, Encoder, EncoderSettings, positions
+from mae_core.positions import sincos_positions
+from mae_core.vit import PRESETS, Attention, Block, ChannelEmbedding, Encoder, EncoderSettings
 from tests.contracts import EncoderContract
 from tests.synthetic_batches import CASES, CHANNELS, by_axes, generator, one_thread
 
@@ -108,7 +109,7 @@ def test_the_position_of_a_token_is_that_of_its_number() -> None:
     patches, ids = torch.randn(1, 3, 3, 12, generator=generator(0)), torch.tensor([[14, 0, 7]])
     encoder.blocks.append(_Nothing())
     (tokens,) = encoder.layers(patches, ids, grid)
-    codes = positions(grid, encoder.class_token)[0]
+    codes = sincos_positions(grid, encoder.settings.width)
     torch.testing.assert_close(tokens[0, 1:] - encoder.embed(patches)[0], codes[[14, 0, 7]], rtol=0, atol=1e-6)
     assert torch.equal(tokens[:, 0], encoder.class_token[0]), "the class token has no place"
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mae_core.augment import AugmentSettings, Normaliser, RawBatch, Sample
+from mae_core.augment import AugmentSettings, Normaliser, RawBatch
 from mae_core.mae import MaskedAutoencoder, ModelSettings
-from mae_core.masking import RandomHiding, hide
-from mae_core.nd import token_valid
+from mae_core.masking import RandomHiding, Sample, hide
+from mae_core.nd import token_grid, token_valid
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, make_optimiser, set_lr
 from mae_core.vit import EncoderSettings
 from tests.synthetic_batches import CHANNELS, waves
@@ -60,7 +60,7 @@ def curve(axes: int) -> list[float]:
         set_lr(optimiser, lr * lr_factor(step, STEPS, OPTIM))
         batch = normaliser(tiles(axes, step), torch.device("cpu"))
         valid = token_valid(batch.counted, patch, model.settings.min_token_valid_fraction)
-        plan = hide(valid, RandomHiding(), 0, batch.sample.epoch, batch.sample.tile, batch.sample.repeat)
+        plan = hide(valid, (1, *token_grid(crop, patch)), RandomHiding(), 0, batch.sample)
         output = model(batch.pixels, batch.counted, batch.present, plan)
         loss = output.error_sum.sum() / output.count.sum()
         optimiser.zero_grad()
