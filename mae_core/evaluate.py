@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from mae_core.augment import Batch, Normaliser, RawBatch
 from mae_core.context import dropped
+from mae_core.errors import channel_weights, elementwise_error
 from mae_core.loader import fixed_batches
-from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings, tokens_valid
+from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings, hidden_counted, tokens_valid
 from mae_core.masking import AnyHiding, HidingPlan, at_progress, hide
 from mae_core.nd import TokenLayout, token_grid
-from mae_core.parallel import Parallel
+from mae_core.parallel import Parallel, unwrap
+from mae_core.perceptual import PerceptualTerm
 from mae_core.store import TileStore
-from mae_core.targets import make_target
+from mae_core.targets import PcaTarget, fit_pca
 from mae_core.train import Loss
 from mae_core.vit import channel_groups
 
@@ -48,6 +50,41 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class PerceptualLoss:
+    """The perceptual term as a share of the loss, with another encoder's view of our data.
+
+    Attributes:
+        term: Holds the frozen encoder.
+        weight: Of the term beside the error on the target.
+        channels: Ours, as the frozen encoder names them.
+        gain, shift: From our normalised units to those of the frozen encoder, per channel.
+    """
+
+    term: PerceptualTerm
+    weight: float
+    channels: tuple[str, ...]
+    gain: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def __call__(self, model: MaskedAutoencoder, batch: Batch, output: MaeOutput) -> Float[Tensor, " batch"]:
+        """Weighted mean error of a sample's features."""
+        pixels, plan = batch.pixels, output.plan
+        guess = model.predicted_pixels(output)
+        assert guess is not None
+        layout = model.encoder.layout(pixels.shape[2:])
+        filled, reached = layout.join(guess, plan.hidden, plan.hidden_used)
+        there = batch.present.reshape(*batch.present.shape, *(1,) * len(layout.grid))
+        filled = torch.where(reached & there, filled, pixels)
+        hidden = reached.any(dim=1) & batch.counted
+        gain, shift = (torch.tensor(part, device=pixels.device).reshape(-1, *(1,) * len(layout.grid)) for part in (self.gain, self.shift))
+        known = batch.counted[:, None] & there
+        true, made = (torch.where(known, image * gain + shift, 0.0) for image in (pixels, filled))
+        sums, count = self.term(true, made, hidden, None, self.channels)
+        mean: Tensor = sums / count.clamp(min=1)
+        return self.weight * mean
+
+
+@dataclass(frozen=True)
 class Pretraining:
     """Masked-autoencoder pretraining over a tile store.
 
@@ -62,6 +99,7 @@ class Pretraining:
         parallel: This process.
         on_panels: Is given the first held-out samples at each evaluation, on rank 0.
         num_panels: How many.
+        perceptual: A further loss, or None.
     """
 
     model: ModelSettings
@@ -74,6 +112,7 @@ class Pretraining:
     parallel: Parallel
     on_panels: Callable[[int, Sequence[Panel]], None] | None = None
     num_panels: int = 4
+    perceptual: PerceptualLoss | None = None
 
     def loss(self, model: nn.Module, raw: RawBatch, progress: float) -> Loss:
         """Squared error over hidden and counted voxels, as a sum and a count."""
@@ -81,13 +120,25 @@ class Pretraining:
         hiding = at_progress(self.hiding, progress)
         context = None if batch.context is None else dropped(batch.context, self.model.encoder.context, self.seed, batch.sample)
         output: MaeOutput = model(batch.pixels, batch.counted, batch.present, self._plan(batch, hiding, self.seed), context)
-        sums = output.error_sum.sum(dim=1)
-        return Loss(sums.sum(), output.count.sum(), sums.detach(), batch.sample.tile, float(output.predicted.numel()))
+        weights = self.weights(output.count)
+        sums, counts = (output.error_sum * weights).sum(dim=1), (output.count * weights).sum(dim=1)
+        if self.perceptual is not None:
+            inner = unwrap(model)
+            assert isinstance(inner, MaskedAutoencoder)
+            sums = sums + counts * self.perceptual(inner, batch, output)
+        return Loss(sums.sum(), counts.sum(), sums.detach(), batch.sample.tile, float(output.predicted.numel()))
+
+    def weights(self, like: Tensor) -> Tensor:
+        """Weight of each channel of the target; counts stay whole numbers where none is set."""
+        if not self.model.error.channel_weights:
+            return torch.ones((), dtype=like.dtype, device=like.device)
+        return channel_weights(self.model.error, self.store.channels).to(like.device)
 
     def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
         """`val/error` and `val/skill`, overall and per channel.
 
-        Skill is 1 − error / error of the best trivial predictor, all in the space of the target. Trivial predictors are
+        Skill is 1 − error / error of the best trivial predictor, all in the space of the target; a target whose channels
+        are not those of the data, such as `pca`, has no values per channel. Trivial predictors are
         zero (each patch's own mean where the target is normalised, the channel's where it is not), the mean of the
         sample's visible patches, and interpolation from its visible tokens by inverse distance. The best is chosen per
         channel, and once more for the total.
@@ -95,7 +146,7 @@ class Pretraining:
         assert isinstance(model, MaskedAutoencoder)
         if not len(self.held_out):
             return
-        sums = torch.zeros(5, len(self.store.channels), dtype=torch.float64)
+        sums = torch.zeros(5, model.decoder.shape[0], dtype=torch.float64)
         panels: list[Panel] = []
         plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, self.seed, None)
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
@@ -103,16 +154,17 @@ class Pretraining:
             plan = self._plan(batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
             output = model(batch.pixels, batch.counted, batch.present, plan, batch.context)
             layout = model.encoder.layout(batch.pixels.shape[2:])
-            parts = [output.error_sum, *trivial_errors(batch, layout, output, self.model), output.count]
+            parts = [output.error_sum, *trivial_errors(batch, layout, output, model), output.count]
             sums += torch.stack([part.double().sum(dim=0).cpu() for part in parts])
             wanted = range(min(len(batch.pixels), self.num_panels - len(panels)))
-            panels += [make_panel(index, batch, layout, output, self.store.channels) for index in wanted]
+            panels += [make_panel(index, batch, model, output, self.store.channels) for index in wanted]
         totals = self.parallel.sum(sums.to(self.parallel.device)).cpu()
         if self.on_panels is not None and self.parallel.is_first:
             self.on_panels(step, panels)
         yield from _skill("", totals.sum(dim=1))
-        for name, column in zip(self.store.channels, totals.T, strict=True):
-            yield from _skill(f"/{name}", column)
+        if totals.shape[1] == len(self.store.channels):
+            for name, column in zip(self.store.channels, totals.T, strict=True):
+                yield from _skill(f"/{name}", column)
 
     def _plan(self, batch: Batch, hiding: AnyHiding, seed: int) -> HidingPlan:
         layout = self.layout(batch.pixels.shape[2:])
@@ -128,33 +180,58 @@ class Pretraining:
         )
 
 
-def trivial_errors(batch: Batch, layout: TokenLayout, output: MaeOutput, settings: ModelSettings) -> list[Float[Tensor, "batch channel"]]:
-    """Summed squared errors of zero, visible mean and interpolation over the elements that the model is judged on."""
-    plan = output.plan
-    counted = batch.counted[:, None] & batch.present.reshape(*batch.present.shape, *(1,) * len(layout.grid))
-    counted = layout.pick(layout.split(counted), plan.visible) & plan.visible_used[:, :, None, None]
-    seen = make_target(layout.pick(layout.split(batch.pixels), plan.visible), counted, settings.target)
+def fit_basis(task: Pretraining, model: MaskedAutoencoder, rows: NDArray[np.int64], most: int = 20_000) -> None:
+    """Fit the principal components of a `pca` target to the central crops of training tiles, at most `most` patches.
+
+    The same rows give the same components on every process, so none has to be sent.
+    """
+    if not isinstance(task.model.target, PcaTarget):
+        return
+    plain = Normaliser(task.normaliser.crop, task.normaliser.mean, task.normaliser.std, task.normaliser.no_value, task.seed, None)
+    patches, counted = [], []
+    for raw in fixed_batches(task.store, rows, task.batch_size, Parallel(0, 1, task.parallel.device)):
+        batch = plain(raw, torch.device("cpu"))
+        layout = model.encoder.layout(batch.pixels.shape[2:])
+        voxels = batch.counted[:, None] & batch.present.reshape(*batch.present.shape, *(1,) * len(layout.grid))
+        patches.append(layout.split(batch.pixels).flatten(0, 1))
+        counted.append(layout.split(voxels).flatten(0, 1))
+        if sum(map(len, patches)) >= most:
+            break
+    model.set_basis(fit_pca(torch.cat(patches)[:most], torch.cat(counted)[:most], task.model.target.num_components))
+
+
+def trivial_errors(batch: Batch, layout: TokenLayout, output: MaeOutput, model: MaskedAutoencoder) -> list[Float[Tensor, "batch channel"]]:
+    """Summed errors of zero, visible mean and interpolation over the elements that the model is judged on."""
+    plan, target = output.plan, output.target
+    seen = model.target(layout, batch.pixels, batch.counted, batch.present, plan.visible, plan.visible_used)
     near = _closeness(layout, plan)
-    errors = [torch.where(output.target.counted, output.target.values, 0.0).square().sum(dim=(1, 3))]
+    guesses = [torch.zeros_like(target.values)]
     with torch.autocast(near.device.type, enabled=False):
         for weights in (torch.ones_like(near), near):
             total = torch.einsum("bhv,bvcp->bhcp", weights, torch.where(seen.counted, seen.values, 0.0))
             share = torch.einsum("bhv,bvcp->bhcp", weights, seen.counted.to(weights.dtype))
-            guess = total / share.clamp(min=1e-12)
-            wrong = torch.where(output.target.counted, guess - output.target.values, 0.0).square()
-            errors.append(wrong.sum(dim=(1, 3)))
-    return errors
+            guesses.append(total / share.clamp(min=1e-12))
+        errors = [elementwise_error(guess, target.values, target.counted, model.settings.error) for guess in guesses]
+    return [error.sum(dim=(1, 3)) for error in errors]
 
 
-def make_panel(index: int, batch: Batch, layout: TokenLayout, output: MaeOutput, channels: tuple[str, ...]) -> Panel:
-    """The panel of one sample of a batch."""
-    plan, target, one = output.plan, output.target, slice(index, index + 1)
+def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOutput, channels: tuple[str, ...]) -> Panel:
+    """The panel of one sample of a batch; without prediction and error where the target is not made of pixels."""
+    plan, one = output.plan, slice(index, index + 1)
     pixels = batch.pixels[one].float()
+    layout = model.encoder.layout(pixels.shape[2:])
     patches = layout.split(pixels)
     shown, is_shown = layout.join(layout.pick(patches, plan.visible[one]), plan.visible[one], plan.visible_used[one])
-    guess = output.predicted[one] * target.std[one] + target.mean[one]
-    filled, is_filled = layout.join(guess.to(pixels.dtype), plan.hidden[one], plan.hidden_used[one])
-    wrong, is_counted = _counted_error(layout, guess, layout.pick(patches, plan.hidden[one]), target.counted[one], plan.hidden[one])
+    every = model.predicted_pixels(output)
+    filled, wrong = shown, torch.zeros_like(shown)
+    is_filled, is_counted = torch.zeros_like(is_shown), torch.zeros_like(is_shown)
+    if every is not None:
+        guess = every[one].to(pixels.dtype)
+        filled, is_filled = layout.join(guess, plan.hidden[one], plan.hidden_used[one])
+        counted = output.target.counted[one]
+        if counted.shape != guess.shape:
+            counted = hidden_counted(layout, batch.counted[one], batch.present[one], _only(plan, one))
+        wrong, is_counted = _counted_error(layout, guess, layout.pick(patches, plan.hidden[one]), counted, plan.hidden[one])
     return Panel(
         pixels=_picture(pixels, pixels.isfinite()),
         shown=_picture(shown, is_shown),
@@ -162,6 +239,10 @@ def make_panel(index: int, batch: Batch, layout: TokenLayout, output: MaeOutput,
         error=_picture(wrong, is_counted),
         channels=channels,
     )
+
+
+def _only(plan: HidingPlan, one: slice) -> HidingPlan:
+    return HidingPlan(plan.visible[one], plan.visible_used[one], plan.hidden[one], plan.hidden_used[one], plan.full)
 
 
 def _counted_error(layout: TokenLayout, guess: Tensor, true: Tensor, counted: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

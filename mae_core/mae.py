@@ -14,10 +14,22 @@ from torch import Tensor, nn
 
 from mae_core.context import Context
 from mae_core.decoders import CrossDecoder, CrossDecoderSettings, Decoder, DecoderChoice, DecoderFrame, DecoderSettings
+from mae_core.errors import ErrorSettings, elementwise_error
+from mae_core.hog import oriented_gradients
 from mae_core.masking import HidingPlan
 from mae_core.nd import TokenLayout, token_valid
-from mae_core.settings import Settings
-from mae_core.targets import NormalisedPixelTarget, Target, TargetSettings, make_target
+from mae_core.settings import Settings, default_kind
+from mae_core.targets import (
+    HogTarget,
+    NormalisedPixelTarget,
+    PcaBasis,
+    PcaTarget,
+    Target,
+    TargetSettings,
+    from_pca,
+    make_target,
+    target_shape,
+)
 from mae_core.vit import Encoder, EncoderSettings, token_size
 
 
@@ -26,7 +38,8 @@ class ModelSettings(Settings):
 
     encoder: EncoderSettings = EncoderSettings()
     decoder: DecoderChoice = DecoderSettings()
-    target: TargetSettings = NormalisedPixelTarget()
+    target: Annotated[TargetSettings, default_kind("normalised_pixels")] = NormalisedPixelTarget()
+    error: ErrorSettings = ErrorSettings()
     min_token_valid_fraction: Annotated[
         float, Field(ge=0, le=1, description="A patch with a smaller share of counted voxels is no token")
     ] = 0.5
@@ -37,14 +50,14 @@ class MaeOutput:
     """Prediction, target and the error between them.
 
     Attributes:
-        predicted: `(batch, hidden, channel, voxel)` in fp32, in the space of the target.
+        predicted: `(batch, hidden, channel, feature)` in fp32, in the space of the target.
         target: What was to be predicted, with the elements that count.
-        error_sum: Sum of squared errors over counted elements, `(batch, channel)`.
+        error_sum: Sum of errors over counted elements, `(batch, channel)`; channels are those of the target.
         count: Number of counted elements, `(batch, channel)`.
         plan: What was shown and what was predicted: the plan that was handed in, or its part that the decoder chose.
     """
 
-    predicted: Float[Tensor, "batch hidden channel voxel"]
+    predicted: Float[Tensor, "batch hidden channel feature"]
     target: Target
     error_sum: Float[Tensor, "batch channel"]
     count: Tensor
@@ -59,6 +72,22 @@ class MaskedAutoencoder(nn.Module):
         self.settings = settings
         self.encoder = Encoder(settings.encoder, channels)
         self.decoder = build_decoder(settings, self.encoder)
+        if isinstance(settings.target, PcaTarget):
+            elements, number = len(channels) * math.prod(settings.encoder.patch), settings.target.num_components
+            for name, shape in (("mean", (elements,)), ("components", (number, elements)), ("scale", (number,))):
+                self.register_buffer(f"basis_{name}", torch.zeros(shape, dtype=torch.float64))
+
+    @property
+    def basis(self) -> PcaBasis | None:
+        """Principal components of the target, where it has any; zero until `set_basis` has been called."""
+        if not isinstance(self.settings.target, PcaTarget):
+            return None
+        return PcaBasis(self.get_buffer("basis_mean"), self.get_buffer("basis_components"), self.get_buffer("basis_scale"))
+
+    def set_basis(self, basis: PcaBasis) -> None:
+        """Take principal components that were fitted to training patches."""
+        for name in ("mean", "components", "scale"):
+            self.get_buffer(f"basis_{name}").copy_(getattr(basis, name))
 
     def forward(
         self,
@@ -83,15 +112,47 @@ class MaskedAutoencoder(nn.Module):
         shown, used = layout.pick(patches, plan.visible), None if plan.full else plan.visible_used
         features = self.encoder(shown, plan.visible, layout.grid, used, None, context)
         predicted = self.decoder(features, plan, layout.grid, token_size(context, self.settings.encoder.step)).float()
-        target = make_target(layout.pick(patches, plan.hidden), hidden_counted(layout, counted, present, plan), self.settings.target)
-        error = torch.where(target.counted, predicted - target.values, 0.0).square()
+        if isinstance(self.settings.target, HogTarget):
+            target = self.target(layout, pixels, counted, present, plan.hidden, plan.hidden_used)
+        else:
+            judged = hidden_counted(layout, counted, present, plan)
+            target = make_target(layout.pick(patches, plan.hidden), judged, self.settings.target, self.basis)
+        error = elementwise_error(predicted, target.values, target.counted, self.settings.error)
         return MaeOutput(predicted, target, error.sum(dim=(1, 3)), target.counted.sum(dim=(1, 3)), plan)
+
+    def target(self, layout: TokenLayout, pixels: Tensor, counted: Tensor, present: Tensor, ids: Tensor, used: Tensor) -> Target:
+        """The target of any tokens, hidden or not; slots that are not used count nothing."""
+        voxels = counted[:, None] & present.reshape(*present.shape, *(1,) * len(layout.grid))
+        if isinstance(self.settings.target, HogTarget):
+            patches, known = oriented_gradients(pixels, voxels, layout.patch, self.settings.target)
+        else:
+            patches, known = layout.split(pixels), layout.split(voxels)
+        known = layout.pick(known, ids) & used[:, :, None, None]
+        return make_target(layout.pick(patches, ids), known, self.settings.target, self.basis)
+
+    def predicted_pixels(self, output: MaeOutput) -> Float[Tensor, "batch hidden channel voxel"] | None:
+        """The prediction in input units, with each patch's **true** mean and deviation where the target is normalised by them.
+
+        None where the target cannot be brought back to pixels.
+        """
+        target = output.target
+        values = output.predicted * target.std + target.mean
+        match self.settings.target:
+            case HogTarget():
+                return None
+            case PcaTarget():
+                assert self.basis is not None
+                return from_pca(values, self.basis, len(self.encoder.channels))
+            case _:
+                return values
 
 
 def build_decoder(settings: ModelSettings, encoder: Encoder) -> Decoder | CrossDecoder:
     """The decoder that is set, to fit an encoder."""
     own = settings.encoder
-    head = (len(encoder.channels), math.prod(own.patch))
+    if isinstance(settings.target, HogTarget | PcaTarget) and (own.step != own.patch or len(encoder.groups) > 1):
+        raise ValueError(f"target.kind={settings.target.kind} needs patches that do not overlap and one channel group")
+    head = target_shape(settings.target, len(encoder.channels), own.patch)
     frame = DecoderFrame(own.preset, own.width, own.mlp_ratio, own.positions, len(encoder.groups), head)
     match settings.decoder:
         case DecoderSettings():

@@ -59,9 +59,13 @@ def sincos_positions(grid: Sequence[int], dim: int, order: Literal["array", "rev
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache(maxsize=64)
 def cached_positions(grid: tuple[int, ...], dim: int, order: Literal["array", "reversed"], device: torch.device) -> Tensor:
     """`sincos_positions` on a device, computed once per process; not to be changed in place."""
+    return _cached(grid, dim, order, device)
+
+
+@lru_cache(maxsize=64)
+def _cached(grid: tuple[int, ...], dim: int, order: Literal["array", "reversed"], device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):
         return sincos_positions(grid, dim, order).to(device)
 

@@ -32,6 +32,9 @@ class TrainSettings(Settings):
     checkpoint_steps: int = Field(200, ge=1, description="Updates between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay on disk")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes it, else fp32")
+    compile: Literal["off", "whole", "parts"] = Field(
+        "off", description="Compile the model first: whole as one graph or not at all (pretraining), or in parts; pays in long runs"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
     seed: int = Field(0, ge=0, description="Of weights, order, crops and hidden sets")
 
@@ -119,6 +122,8 @@ def train(
         TrainingError: The loss or the gradient is not finite; no checkpoint is written after that.
     """
     parallel = stream.parallel
+    if settings.compile != "off":
+        state.model.compile(fullgraph=settings.compile == "whole")
     model = parallel.wrap(state.model)
     model.train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
@@ -144,7 +149,8 @@ def train(
             report(Report(state.step, window.close(state.step) | {"train/lr": state.optimiser.param_groups[-1]["lr"]}))
         if _due(state.step, settings.eval_steps, settings):
             window.check(state.step)
-            with window.paused(), torch.inference_mode(), autocast(settings.precision, parallel.device):
+            eager = torch.compiler.set_stance("force_eager")  # held-out batches have shapes of their own
+            with window.paused(), eager, torch.inference_mode(), autocast(settings.precision, parallel.device):
                 model.eval()
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
                 model.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,14 +17,16 @@ from pydantic import Field
 
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
-from mae_core.evaluate import Panel, Pretraining
-from mae_core.export import Description, ModelError, save_model
+from mae_core.errors import channel_weights
+from mae_core.evaluate import Panel, PerceptualLoss, Pretraining, fit_basis
+from mae_core.export import Description, ModelError, load_encoder, save_model
 from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
 from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import DeviceError, processes
+from mae_core.perceptual import PerceptualTerm
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
@@ -31,7 +34,7 @@ from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, tr
 from mae_core.vit import channel_groups
 from pipelines.command_line import run
 from pipelines.progress import console, training
-from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError)
@@ -41,10 +44,18 @@ MAY_DIFFER = (
     "loader.prefetch",
     "loader.micro_batch_size",
     "train.device",
+    "train.compile",
     "train.log_steps",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
 )
+
+
+class PerceptualSettings(Settings):
+    """A frozen encoder whose features judge reconstructions beside the target."""
+
+    encoder: str = Field("", description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION; empty for no such term")
+    weight: float = Field(0.1, gt=0, description="Of the term beside the error on the target")
 
 
 class PretrainRecipe(Settings):
@@ -55,6 +66,7 @@ class PretrainRecipe(Settings):
     )
     model: ModelSettings = ModelSettings()
     hiding: HidingSettings = RandomHiding()
+    perceptual: PerceptualSettings = PerceptualSettings()
     augment: AugmentSettings = AugmentSettings()
     loader: LoaderSettings = LoaderSettings()
     optim: OptimSettings = OptimSettings()
@@ -87,6 +99,7 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
         grid = token_grid(crop, step)
         groups = channel_groups(recipe.model.encoder.groups, store.channels)
         check_hiding(recipe.hiding, (len(groups), *grid))
+        channel_weights(recipe.model.error, store.channels)
     except ValueError as error:
         raise RunError(str(error)) from error
     if any(size > room for size, room in zip(crop, store.space, strict=True)):
@@ -94,7 +107,40 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     if np.prod(grid) < 4:
         raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(step)}; raise crop or lower model.encoder.patch")
     encoder = recipe.model.encoder.model_copy(update={"patch": patch, "stride": stride})
-    return recipe.model_copy(update={"crop": crop, "model": recipe.model.model_copy(update={"encoder": encoder})})
+    model = recipe.model.model_copy(update={"encoder": encoder})
+    try:
+        with torch.device("meta"):
+            MaskedAutoencoder(model, store.channels)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    if recipe.perceptual.encoder and model.target.kind == "hog":
+        raise RunError("perceptual.encoder needs a target that can be brought back to pixels; with target.kind=hog leave it out")
+    return recipe.model_copy(update={"crop": crop, "model": model})
+
+
+def perceptual_loss(recipe: PretrainRecipe, store: TileStore, out: Path, device: torch.device) -> PerceptualLoss | None:
+    """The perceptual term that is set, fed in the frozen encoder's own units.
+
+    Raises:
+        RunError, ModelError, TrackingError: There is no such encoder, or it does not know our channels or patches.
+    """
+    if not recipe.perceptual.encoder:
+        return None
+    folder, _ = model_folder(recipe.perceptual.encoder, recipe.tracking, out)
+    encoder, about = load_encoder(folder)
+    unknown = [name for name in store.channels if name not in about.channels]
+    if unknown:
+        raise RunError(f"perceptual.encoder {folder} does not know channels {unknown}; it knows {list(about.channels)}")
+    try:
+        token_grid(recipe.crop, about.encoder.patch)
+    except ValueError as error:
+        raise RunError(f"perceptual.encoder {folder} cannot see crops of {list(recipe.crop)}: {error}") from error
+    places = [about.channels.index(name) for name in store.channels]
+    there = [(about.mean[place], about.std[place]) for place in places]
+    here = list(zip(store.statistics.mean.tolist(), store.statistics.std.tolist(), strict=True))
+    gain = tuple(own[1] / other[1] for own, other in zip(here, there, strict=True))
+    shift = tuple((own[0] - other[0]) / other[1] for own, other in zip(here, there, strict=True))
+    return PerceptualLoss(PerceptualTerm(encoder).to(device), recipe.perceptual.weight, store.channels, gain, shift)
 
 
 def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "pretrain") -> dict[str, Any]:
@@ -140,6 +186,9 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         batch = recipe.loader.micro_batch_size or recipe.loader.global_batch_size // parallel.world
         panels = partial(_log_panels, tracker, out)
         task = Pretraining(recipe.model, recipe.hiding, normaliser, recipe.train.seed, store, held_out, batch, parallel, panels)
+        task = replace(task, perceptual=perceptual_loss(recipe, store, out, parallel.device))
+        if not state.step:
+            fit_basis(task, model, stream.rows)
         display = stack.enter_context(training("pretraining", state.step, recipe.train.steps, quiet=not parallel.is_first))
 
         def report(what: Report) -> None:

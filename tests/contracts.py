@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_core.masking import HidingPlan, RandomHiding, Sample, hide
+from mae_core.masking import AnyHiding, HidingPlan, Sample, hide
 from mae_core.nd import patchify, take, token_grid, token_valid, unpatchify
 from mae_core.targets import PcaBasis, Target, TargetSettings, make_target
 from tests.synthetic_batches import generator
@@ -30,11 +30,15 @@ def hidden_set(plan: HidingPlan, index: int) -> set[int]:
 class HidingContract:
     """What every way of hiding keeps."""
 
-    settings: RandomHiding
+    settings: AnyHiding
+
+    @staticmethod
+    def grid_of(length: int) -> tuple[int, ...]:
+        return (1, length)
 
     def plan(self, valid: Tensor, seed: int = 0) -> HidingPlan:
         name = torch.arange(len(valid))
-        return hide(valid, (1, valid.shape[1]), self.settings, seed, Sample(name, name + 50, name * 0))
+        return hide(valid, self.grid_of(valid.shape[1]), self.settings, seed, Sample(name, name + 50, name * 0))
 
     @pytest.mark.parametrize("length", [1, 2, 5, 36, 100])
     @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])

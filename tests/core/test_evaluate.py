@@ -184,21 +184,23 @@ def test_trivial_errors_are_the_naive_loop(
     settings = settings_of(patch, target)
     batch = uneven(space)
     plan = plan_of(batch, settings, ratio=0.5)
-    output = model_of(settings)(batch.pixels, batch.counted, batch.present, plan)
-    zero, mean, interpolated = trivial_errors(batch, layout_of(batch, settings), output, settings)
+    model = model_of(settings)
+    output = model(batch.pixels, batch.counted, batch.present, plan)
+    zero, mean, interpolated = trivial_errors(batch, layout_of(batch, settings), output, model)
     torch.testing.assert_close(zero, torch.where(output.target.counted, output.target.values, 0).square().sum(dim=(1, 3)))
     torch.testing.assert_close(mean, naive_trivial(batch, plan, output, settings, near=False), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(interpolated, naive_trivial(batch, plan, output, settings, near=True), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = trivial_errors(batch, layout_of(batch, settings), output, settings)
+        rounded = trivial_errors(batch, layout_of(batch, settings), output, model)
     for one, other in zip(rounded, (zero, mean, interpolated), strict=True):
         assert torch.equal(one, other), "the precision of the model is not that of the yardstick"
 
 
 def panel_of(batch: Batch, settings: ModelSettings, index: int) -> tuple[Panel, HidingPlan, MaeOutput]:
     plan = plan_of(batch, settings)
-    output = fixed(settings, 1)(batch.pixels, batch.counted, batch.present, plan)
-    return make_panel(index, batch, layout_of(batch, settings), output, CHANNELS), plan, output
+    oracle = fixed(settings, 1)
+    output = oracle(batch.pixels, batch.counted, batch.present, plan)
+    return make_panel(index, batch, oracle, output, CHANNELS), plan, output
 
 
 def in_tokens(image: np.ndarray, patch: tuple[int, ...]) -> Tensor:

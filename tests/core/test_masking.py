@@ -14,13 +14,21 @@ from torch import Tensor
 from mae_core.masking import (
     STREAM_CROP,
     STREAM_HIDE,
+    AnyHiding,
+    BlockHiding,
+    GridHiding,
     HidingPlan,
     RandomHiding,
     Sample,
+    SliceHiding,
+    TubeHiding,
+    at_progress,
+    check_hiding,
     counter_below,
     counter_bits,
     hide,
     num_kept,
+    num_predicted,
     plan_from_hidden,
 )
 from tests.contracts import HidingContract, hidden_set, shown_set
@@ -31,6 +39,148 @@ LAST = 2**63 - 1
 
 class TestRandomHiding(HidingContract):
     settings = RandomHiding(mask_ratio=0.6)
+
+
+class TestBlockHiding(HidingContract):
+    settings = BlockHiding(mask_ratio=0.6, num_blocks=2)
+
+
+class TestGridHiding(HidingContract):
+    settings = GridHiding(mask_ratio=0.6)
+
+
+class TestTubeHiding(HidingContract):
+    settings = TubeHiding(mask_ratio=0.6)
+    grid_of = staticmethod(lambda length: (1, 1, length))
+
+
+class TestSliceHiding(HidingContract):
+    settings = SliceHiding(mask_ratio=0.6)
+
+
+STRUCTURED: list[tuple[AnyHiding, tuple[int, ...]]] = [
+    (BlockHiding(), (1, 12)),
+    (BlockHiding(num_blocks=3), (1, 6, 8)),
+    (BlockHiding(mask_ratio=0.5), (2, 4, 4, 4)),
+    (GridHiding(), (1, 6, 8)),
+    (GridHiding(period=3, mask_ratio=0.8), (1, 9, 7)),
+    (TubeHiding(axis=0), (1, 4, 5, 6)),
+    (TubeHiding(axis="channels"), (3, 4, 5)),
+    (SliceHiding(axis=1), (1, 3, 8)),
+    (SliceHiding(axis="channels", mask_ratio=0.5), (4, 6)),
+]
+
+
+def hidden_grid(settings: AnyHiding, grid: tuple[int, ...], samples: int = 40, seed: int = 0) -> Tensor:
+    """Which tokens are hidden, `(sample, *grid)`, where all are valid."""
+    length = math.prod(grid)
+    name = Sample(torch.zeros(samples, dtype=torch.int64), torch.arange(samples), torch.zeros(samples, dtype=torch.int64))
+    plan = hide(torch.ones(samples, length, dtype=torch.bool), grid, settings, seed, name)
+    assert plan.full
+    assert plan.hidden.shape[1] == length - num_kept(length, settings.mask_ratio)
+    return torch.zeros(samples, length, dtype=torch.bool).scatter(1, plan.hidden, value=True).reshape(samples, *grid)
+
+
+@pytest.mark.parametrize(("settings", "grid"), STRUCTURED, ids=str)
+def test_structured_sets_have_exact_sizes_and_differ_between_samples(settings: AnyHiding, grid: tuple[int, ...]) -> None:
+    hidden = hidden_grid(settings, grid).flatten(1)
+    assert (hidden.sum(dim=1) == hidden[0].sum()).all()
+    assert len(hidden.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(("settings", "axis"), [(TubeHiding(axis=0), 1), (TubeHiding(axis=1), 2), (TubeHiding(axis="channels"), 0)])
+def test_tubes_are_hidden_all_along_their_axis_but_for_one_that_is_cut(settings: TubeHiding, axis: int) -> None:
+    grid = (3, 4, 5)
+    share = hidden_grid(settings, grid).double().mean(dim=1 + axis).flatten(1)
+    assert (((share > 0) & (share < 1)).sum(dim=1) <= 1).all()
+    assert (share == 1).any()
+
+
+@pytest.mark.parametrize(("settings", "axis"), [(SliceHiding(axis=0), 1), (SliceHiding(axis=1), 2), (SliceHiding(axis="channels"), 0)])
+def test_slices_are_hidden_whole_but_for_one_that_is_cut(settings: SliceHiding, axis: int) -> None:
+    grid = (3, 4, 5)
+    hidden = hidden_grid(settings, grid).movedim(1 + axis, 1).flatten(2).double().mean(dim=2)
+    assert (((hidden > 0) & (hidden < 1)).sum(dim=1) <= 1).all()
+    assert (hidden == 1).any()
+
+
+def test_one_block_is_a_box_around_a_place() -> None:
+    """What is hidden lies nearer in the box's own measure than what is shown, for a stretch that can be found."""
+    for hidden in hidden_grid(BlockHiding(mask_ratio=0.4), (1, 9, 11)):
+        rows, columns = hidden[0].any(dim=1).nonzero().flatten(), hidden[0].any(dim=0).nonzero().flatten()
+        inner = hidden[0][rows[0] + 1 : rows[-1], columns[0] + 1 : columns[-1]]
+        assert inner.all(), "nothing is shown inside the box's border"
+
+
+def test_three_blocks_hide_other_places_than_one() -> None:
+    one, three = (hidden_grid(BlockHiding(num_blocks=number, mask_ratio=0.3), (1, 12, 12)).float() for number in (1, 3))
+
+    def neighbours(hidden: Tensor) -> float:
+        return float((hidden[..., 1:] * hidden[..., :-1]).mean() + (hidden[..., 1:, :] * hidden[..., :-1, :]).mean())
+
+    random = hidden_grid(RandomHiding(mask_ratio=0.3), (1, 12, 12)).float()
+    assert neighbours(one) > neighbours(three) > neighbours(random)
+
+
+def test_a_lattice_is_shown_at_three_quarters_in_the_plane() -> None:
+    for hidden in hidden_grid(GridHiding(), (1, 6, 8)):
+        shown = (~hidden[0]).nonzero()
+        assert len({tuple((place % 2).tolist()) for place in shown}) == 1
+        assert len(shown) == 12
+
+
+@pytest.mark.parametrize(("settings", "grid"), STRUCTURED, ids=str)
+def test_the_first_hidden_slots_are_a_random_part(settings: AnyHiding, grid: tuple[int, ...]) -> None:
+    """A decoder that predicts only the first slots must not see the same kind of place every time."""
+    length, samples = math.prod(grid), 3000
+    name = Sample(torch.zeros(samples, dtype=torch.int64), torch.arange(samples), torch.zeros(samples, dtype=torch.int64))
+    plan = hide(torch.ones(samples, length, dtype=torch.bool), grid, settings, 0, name)
+    half = num_predicted(plan.hidden.shape[1], 0.5)
+    first = torch.bincount(plan.hidden[:, :half].flatten(), minlength=length).double()
+    every = torch.bincount(plan.hidden.flatten(), minlength=length).double()
+    often = every > 400
+    share = first[often] / every[often]
+    assert (share - half / plan.hidden.shape[1]).abs().max() < 0.12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (TubeHiding(axis=2), r"hiding.axis=2 and the data have 2 axes; give 0 to 1, or channels"),
+        (SliceHiding(axis="channels"), "hiding.axis=channels needs more than one channel group; set model.encoder.groups"),
+    ],
+)
+def test_an_axis_that_is_not_there_is_refused(settings: TubeHiding | SliceHiding, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_hiding(settings, (1, 4, 4))
+    with pytest.raises(ValueError, match=message):
+        hidden_grid(settings, (1, 4, 4))
+
+
+def test_a_grid_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"grid \(1, 3\) holds 3 tokens and valid has 4"):
+        hide(torch.ones(1, 4, dtype=torch.bool), (1, 3), RandomHiding(), 0, Sample(*[torch.arange(1)] * 3))
+
+
+def test_the_ratio_goes_in_stages_from_the_first_to_the_last() -> None:
+    settings = RandomHiding(mask_ratio=0.5, final_mask_ratio=0.8, num_stages=4)
+    found = [at_progress(settings, progress / 100).mask_ratio for progress in range(101)]
+    assert found == sorted(found)
+    assert sorted(set(found)) == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert at_progress(RandomHiding(), 0.7) == RandomHiding()
+
+
+@pytest.mark.parametrize(("num_hidden", "fraction", "wanted"), [(147, 0.25, 37), (10, 1.0, 10), (3, 0.01, 1), (0, 0.5, 0), (2, 0.25, 1)])
+def test_the_number_of_tokens_predicted(num_hidden: int, fraction: float, wanted: int) -> None:
+    assert num_predicted(num_hidden, fraction) == wanted
+
+
+@given(st.integers(0, 400), st.floats(0.01, 0.99))
+def test_the_count_on_the_device_is_the_count(length: int, ratio: float) -> None:
+    valid = torch.zeros(1, 400, dtype=torch.bool)
+    valid[0, :length] = True
+    plan = hide(valid, (1, 400), RandomHiding(mask_ratio=ratio), 0, Sample(*[torch.arange(1)] * 3))
+    assert int(plan.visible_used.sum()) == num_kept(length, ratio)
 
 
 def one(epoch: int = 0, tile: int = 7, repeat: int = 0, seed: int = 0, length: int = 64) -> HidingPlan:
