@@ -173,10 +173,10 @@ class Normaliser:
         for axis, size in enumerate(self.crop):
             steps = torch.arange(size).expand(len(origins), -1)
             if zoom is not None:
-                steps = ((steps + 0.5) * zoom[:, None] - 0.5).clamp(min=0)
+                steps = (steps + 0.5) * zoom[:, None] - 0.5
             if augment.flips:
                 steps = torch.where((bits >> axis & 1).bool()[:, None], steps.flip(1), steps)
-            lines.append(origins[:, axis, None] + steps)
+            lines.append((origins[:, axis, None] + steps).clamp(min=0))
         placed = [line.reshape(len(line), *(-1 if other == axis else 1 for other in range(axes))) for axis, line in enumerate(lines)]
         if augment.quarter_turns and axes > 1 and self.crop[-1] == self.crop[-2]:
             turns = (bits >> 8 & 3).reshape(-1, *(1,) * axes)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mae_core.checkpoint import advice, seal, sha256, verify
+from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.settings import Settings
-from mae_core.vit import Encoder, EncoderSettings
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
@@ -54,7 +54,7 @@ class Description(Settings):
     crop: tuple[int, ...]
     spacing: tuple[float, ...]
     spacing_unit: str
-    encoder: EncoderSettings
+    encoder: EncoderChoice
     head: HeadSettings | None = None
     classes: tuple[tuple[int, str], ...] = ()
     reader: dict[str, Any]
@@ -105,10 +105,10 @@ def load_description(folder: Path, kind: Literal["encoder", "segmenter"]) -> Des
     return description
 
 
-def load_encoder(folder: Path) -> tuple[Encoder, Description]:
+def load_encoder(folder: Path) -> tuple[AnyEncoder, Description]:
     """The encoder in a model folder, in evaluation mode. Every tensor is accounted for."""
     description = load_description(folder, "encoder")
-    encoder = Encoder(description.encoder, description.channels)
+    encoder = build_encoder(description.encoder, description.channels)
     _fill(encoder, folder)
     return encoder.eval(), description
 
@@ -116,7 +116,8 @@ def load_encoder(folder: Path) -> tuple[Encoder, Description]:
 def load_segmenter(folder: Path) -> tuple[Segmenter, Description]:
     """The segmenter in a model folder, in evaluation mode. Every tensor is accounted for."""
     description = load_description(folder, "segmenter")
-    model = Segmenter(Encoder(description.encoder, description.channels), description.head or HeadSettings(), len(description.classes))
+    encoder = build_encoder(description.encoder, description.channels)
+    model = Segmenter(encoder, description.head or HeadSettings(), len(description.classes))
     _fill(model, folder)
     return model.eval(), description
 

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mae_core.context import Context
+from mae_core.encoders import AnyEncoder
 from mae_core.settings import Settings
-from mae_core.vit import Encoder, all_tokens
+from mae_core.vit import all_tokens
 
 
 class HeadSettings(Settings):
@@ -25,7 +26,7 @@ class HeadSettings(Settings):
 class Segmenter(nn.Module):
     """Encoder and UNETR head: class scores for every voxel of a crop."""
 
-    def __init__(self, encoder: Encoder, settings: HeadSettings, num_classes: int) -> None:
+    def __init__(self, encoder: AnyEncoder, settings: HeadSettings, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = UnetrHead(encoder.settings.step, encoder.settings.width, len(encoder.channels), settings.features, num_classes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mae_core.context import Context
 from mae_core.decoders import CrossDecoder, CrossDecoderSettings, Decoder, DecoderChoice, DecoderFrame, DecoderSettings
+from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.errors import ErrorSettings, elementwise_error
 from mae_core.hog import oriented_gradients
 from mae_core.masking import HidingPlan
@@ -30,13 +31,13 @@ from mae_core.targets import (
     make_target,
     target_shape,
 )
-from mae_core.vit import Encoder, EncoderSettings, token_size
+from mae_core.vit import EncoderSettings, token_size
 
 
 class ModelSettings(Settings):
     """A masked autoencoder."""
 
-    encoder: EncoderSettings = EncoderSettings()
+    encoder: EncoderChoice = EncoderSettings()
     decoder: DecoderChoice = DecoderSettings()
     target: Annotated[TargetSettings, default_kind("normalised_pixels")] = NormalisedPixelTarget()
     error: ErrorSettings = ErrorSettings()
@@ -70,7 +71,7 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, settings: ModelSettings, channels: Sequence[str]) -> None:
         super().__init__()
         self.settings = settings
-        self.encoder = Encoder(settings.encoder, channels)
+        self.encoder = build_encoder(settings.encoder, channels)
         self.decoder = build_decoder(settings, self.encoder)
         if isinstance(settings.target, PcaTarget):
             elements, number = len(channels) * math.prod(settings.encoder.patch), settings.target.num_components
@@ -147,7 +148,7 @@ class MaskedAutoencoder(nn.Module):
                 return values
 
 
-def build_decoder(settings: ModelSettings, encoder: Encoder) -> Decoder | CrossDecoder:
+def build_decoder(settings: ModelSettings, encoder: AnyEncoder) -> Decoder | CrossDecoder:
     """The decoder that is set, to fit an encoder."""
     own = settings.encoder
     if isinstance(settings.target, HogTarget | PcaTarget) and (own.step != own.patch or len(encoder.groups) > 1):

@@ -16,9 +16,10 @@ import torch
 from mlflow.models import set_model
 from numpy.typing import NDArray
 
+from mae_core.encoders import AnyEncoder
 from mae_core.export import DESCRIPTION, Description, load_encoder, load_segmenter
 from mae_core.heads import Segmenter
-from mae_core.vit import Encoder, all_tokens
+from mae_core.vit import all_tokens
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -28,7 +29,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Load the model folder that was logged as the artifact `model`."""
         folder = Path(context.artifacts["model"])
         kind = Description.model_validate_json((folder / DESCRIPTION).read_text()).kind
-        self.model: Segmenter | Encoder
+        self.model: Segmenter | AnyEncoder
         self.model, self.description = load_segmenter(folder) if kind == "segmenter" else load_encoder(folder)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> NDArray[Any]:

@@ -123,7 +123,7 @@ def train(
     """
     parallel = stream.parallel
     if settings.compile != "off":
-        state.model.compile(fullgraph=settings.compile == "whole")
+        state.model.compile(fullgraph=settings.compile == "whole", dynamic=False)
     model = parallel.wrap(state.model)
     model.train()
     lr = learning_rate(optim, stream.settings.global_batch_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pydantic import Field
 
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.checkpoint import TrainState, restore, sha256
+from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
@@ -30,7 +31,6 @@ from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
-from mae_core.vit import Encoder
 from modalities.catalogue import match_labels, scan
 from modalities.scene import SceneError
 from pipelines.command_line import run
@@ -92,7 +92,7 @@ class Job:
     """
 
     settings: FinetuneSettings
-    encoder: Encoder
+    encoder: AnyEncoder
     about: Description
     store: TileStore
     rows: NDArray[np.int64]
@@ -124,7 +124,31 @@ def work(settings: FinetuneSettings) -> int:
     return 0
 
 
-def labelled_store(settings: FinetuneSettings, about: Description) -> TileStore:
+class Labelled(Protocol):
+    """What `labelled_store` asks of the settings of a verb."""
+
+    @property
+    def data(self) -> Path:
+        """Images."""
+
+    @property
+    def labels(self) -> Path:
+        """Label maps."""
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run; stores lie beside it."""
+
+    @property
+    def reader(self) -> dict[str, Any]:
+        """Changes to the adapter's settings."""
+
+    @property
+    def prepare(self) -> PrepareSettings:
+        """How tiles are cut."""
+
+
+def labelled_store(settings: Labelled, about: Description) -> TileStore:
     """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
     reader = reader_of(about, settings.reader)
     catalogue = scan(settings.data, reader)
@@ -142,7 +166,7 @@ def labelled_store(settings: FinetuneSettings, about: Description) -> TileStore:
 
 
 def make_job(
-    settings: FinetuneSettings, encoder: Encoder, about: Description, store: TileStore, parallel: Parallel, config: dict[str, Any]
+    settings: FinetuneSettings, encoder: AnyEncoder, about: Description, store: TileStore, parallel: Parallel, config: dict[str, Any]
 ) -> Job:
     """Classes, channels, rows and normalisation, checked against the encoder."""
     values = tuple(value for value in store.attributes["classes"] if value not in settings.ignore)
@@ -266,7 +290,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[st
 def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
     """A segmenter whose arms differ in nothing but the encoder's weights."""
     torch.manual_seed(seed)
-    model = Segmenter(Encoder(job.about.encoder, job.about.channels), job.settings.head, len(job.task.values))
+    model = Segmenter(build_encoder(job.about.encoder, job.about.channels), job.settings.head, len(job.task.values))
     if arm == "pretrained":
         model.encoder.load_state_dict(job.encoder.state_dict())
     return model.to(job.parallel.device)

@@ -106,7 +106,7 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
         raise RunError(f"crop={list(crop)} does not fit into the store's tiles of {list(store.space)}; lower crop, or prepare larger tiles")
     if np.prod(grid) < 4:
         raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(step)}; raise crop or lower model.encoder.patch")
-    encoder = recipe.model.encoder.model_copy(update={"patch": patch, "stride": stride})
+    encoder = recipe.model.encoder.model_copy(update={"patch": patch} | ({"stride": stride} if stride else {}))
     model = recipe.model.model_copy(update={"encoder": encoder})
     try:
         with torch.device("meta"):

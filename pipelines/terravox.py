@@ -13,7 +13,9 @@ VERBS = (
     ("pretrain_sentinel", "folder of Sentinel-2 products to tiles, encoder and registry in one command"),
     ("pretrain_mri", "folder of MRI volumes to tiles, encoder and registry in one command"),
     ("finetune_segmentation", "encoder and labels to a segmenter"),
+    ("probe", "encoder and labels to what a linear map and nearest neighbours read out of frozen features"),
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
+    ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
     ("benchmark", "a training step against the matrix product of the same machine"),
 )
@@ -52,8 +54,12 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:
             from pipelines.pretrain_mri import main as chosen
         case "finetune_segmentation":
             from pipelines.finetune_segmentation import main as chosen
+        case "probe":
+            from pipelines.probe import main as chosen
         case "predict":
             from pipelines.predict import main as chosen
+        case "convert":
+            from pipelines.convert import main as chosen
         case "demo":
             from pipelines.demo import main as chosen
         case "benchmark":

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Batch, Normaliser, RawBatch, normalise
+from mae_core.context import only_spacing
 from mae_core.masking import Sample
 from tests.synthetic_batches import generator, names, raw_of
 
@@ -196,3 +197,98 @@ def test_no_value_and_absent_channels_are_exactly_zero(rubbish: float) -> None:
     assert batch.pixels[1, 0, 3].min() >= 5, "a flag that leaves the value in place does not touch it"
     assert torch.equal(batch.counted, quality == 0)
     assert batch.labels is None
+
+
+def ramps(tile: tuple[int, ...], size: int = 12) -> RawBatch:
+    """Tiles whose first channel rises by 1 per voxel along the first axis and the second by 3 along the last; 10 m voxels."""
+    places = np.stack(np.meshgrid(*map(np.arange, tile), indexing="ij")).astype(np.float32)
+    pixels = torch.from_numpy(np.stack([places[0], 3 * places[-1]])).expand(size, -1, *tile)
+    return replace(raw_of(pixels.contiguous()), context=only_spacing(torch.full((size, len(tile)), 10.0)))
+
+
+@pytest.mark.parametrize(("tile", "crop"), [((40,), (16,)), ((30, 24), (12, 16)), ((14, 12, 13), (8, 6, 8))])
+def test_a_resized_crop_is_the_place_that_its_resolution_says(tile: tuple[int, ...], crop: tuple[int, ...]) -> None:
+    raw = ramps(tile)
+    batch = plain(crop, AugmentSettings(flips=False, resized_crop=(0.3, 0.9)))(raw, CPU)
+    assert batch.context is not None
+    zoom = batch.context.spacing[:, 0] / 10
+    assert torch.equal(batch.context.spacing, batch.context.resolution)
+    assert ((zoom ** len(tile) > 0.3 - 1e-5) & (zoom ** len(tile) < 0.9 + 1e-5)).all()
+    assert len(zoom.unique()) > 6
+    for channel, axis, slope in ((0, 1, 1.0), (1, len(tile), 3.0)):
+        found = batch.pixels[:, channel]
+        steps = found.diff(dim=axis).movedim(axis, 1)[:, 1:-1].flatten(1)  # the outermost voxels may lie half over the border
+        torch.testing.assert_close(steps, (slope * zoom)[:, None].expand_as(steps), rtol=0, atol=1e-3)
+        assert found.min() >= 0
+        assert found.max() <= slope * (tile[axis - 1] - 1) + 1e-3
+
+
+def test_a_resized_crop_of_the_whole_share_is_the_plain_crop() -> None:
+    raw = ramps((20, 18))
+    for flips in (False, True):
+        one = plain((8, 8), AugmentSettings(flips=flips, quarter_turns=True))(raw, CPU)
+        other = plain((8, 8), AugmentSettings(flips=flips, quarter_turns=True, resized_crop=(1.0, 1.0)))(raw, CPU)
+        torch.testing.assert_close(other.pixels, one.pixels, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rubbish", [np.nan, 1e30])
+def test_resizing_mixes_in_no_voxel_without_value(rubbish: float) -> None:
+    quality = (torch.rand(8, 16, 14, generator=generator(3)) < 0.3).to(torch.uint8) * BAD
+    batches = []
+    for fill in (0.0, rubbish):
+        pixels = torch.where(quality[:, None] == BAD, fill, 5.0).expand(-1, 2, -1, -1).contiguous()
+        batches.append(plain((8, 8), AugmentSettings(resized_crop=(0.2, 0.8)), no_value=BAD)(raw_of(pixels, quality), CPU))
+    clean, dirty = batches
+    assert torch.equal(clean.pixels, dirty.pixels)
+    has_value = (clean.quality == 0)[:, None].expand_as(clean.pixels)
+    torch.testing.assert_close(clean.pixels[has_value], torch.full_like(clean.pixels[has_value], 5.0))
+    assert not clean.pixels[~has_value].any()
+
+
+def test_labels_of_a_resized_crop_are_those_of_the_nearest_voxel() -> None:
+    raw = replace(ramps((20, 18)), labels=ramps((20, 18)).pixels[:, 0].to(torch.int16))
+    batch = plain((8, 8), AugmentSettings(resized_crop=(0.2, 0.5)))(raw, CPU)
+    assert batch.labels is not None
+    assert (batch.labels - batch.pixels[:, 0]).abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("pair", [(0.9, 0.2), (0.0, 0.5), (0.5, 1.2)])
+def test_shares_that_are_none_are_refused(pair: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be two rising shares in \(0, 1\]"):
+        AugmentSettings(resized_crop=pair)
+
+
+def test_intensity_changes_are_one_gain_and_shift_per_channel() -> None:
+    pixels = torch.randn(64, 2, 8, 8, generator=generator(0))
+    quality = torch.zeros(64, 8, 8, dtype=torch.uint8)
+    quality[:, 0] = BAD
+    raw = raw_of(pixels, quality)
+    settings = AugmentSettings(flips=False, intensity=0.2)
+    batch = plain((8, 8), settings, no_value=BAD)(raw, CPU)
+    assert not batch.pixels[:, :, 0].any()
+    assert torch.equal(batch.pixels, plain((8, 8), settings, no_value=BAD)(raw, CPU).pixels)
+    gains = []
+    for sample, channel in itertools.product(range(64), range(2)):
+        old, new = pixels[sample, channel, 1:].flatten(), batch.pixels[sample, channel, 1:].flatten()
+        gain, shift = np.polyfit(old.numpy(), new.numpy(), 1)
+        torch.testing.assert_close(new, old * float(gain) + float(shift), rtol=0, atol=1e-5)
+        assert abs(gain - 1) < 0.2 + 1e-5
+        assert abs(shift) < 0.2 + 1e-5
+        gains.append(gain)
+    assert np.std(gains) > 0.05
+    assert len(np.unique(gains)) == 128
+
+
+def test_dropped_channels_are_absent_and_one_always_stays() -> None:
+    present = torch.tensor([[True, True, True, True], [False, True, False, False]] * 100)
+    raw = raw_of(torch.ones(200, 4, 6, 6), present=present)
+    normaliser = Normaliser((6, 6), (0.0,) * 4, (1.0,) * 4, 0, 0, AugmentSettings(channel_drop_fraction=0.6))
+    batch = normaliser(replace(raw, complete=True), CPU)
+    assert not (batch.present & ~present).any()
+    assert batch.present.any(dim=1).all()
+    assert not batch.complete
+    assert 0.35 < float(batch.present[::2].float().mean()) < 0.5
+    assert torch.equal(batch.pixels[:, :, 0, 0] == 1, batch.present)
+    absent = replace(raw, present=batch.present)
+    silent = Normaliser((6, 6), (0.0,) * 4, (1.0,) * 4, 0, 0, AugmentSettings())(absent, CPU)
+    assert torch.equal(silent.pixels, batch.pixels), "dropped is absent, bit for bit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.nd import patchify, per_axis, take, token_grid, token_valid, unpatchify
+from mae_core.nd import TokenLayout, blend, margins, patchify, per_axis, take, token_grid, token_valid, unpatchify, windows
 from mae_core.positions import sincos_positions
 from tests.synthetic_batches import generator, grids, places
 
@@ -114,3 +115,94 @@ def test_no_two_places_have_the_same_code(case: tuple[tuple[int, ...], tuple[int
 def test_a_width_without_room_for_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="a width of 4 is too small for positions on 3 axes; use at least 6"):
         sincos_positions((2, 2, 2), 4)
+
+
+OVERLAPS = [((12,), (4,), (2,)), ((8, 12), (4, 6), (4, 4)), ((6, 8, 4), (4, 4, 4), (2, 2, 2)), ((8, 6), (4, 3), (4, 3))]
+each_overlap = pytest.mark.parametrize(("space", "patch", "stride"), OVERLAPS)
+
+
+@each_overlap
+def test_windows_are_the_naive_cut(space: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    array = torch.randn(2, 3, *space, generator=generator(0))
+    found = windows(array, patch, stride).reshape(2, -1, 3, *patch)
+    grid = token_grid(space, stride)
+    for token, place in enumerate(itertools.product(*map(range, grid))):
+        for offset in itertools.product(*map(range, patch)):
+            at = [p * s + o - (size - s) // 2 for p, s, o, size in zip(place, stride, offset, patch, strict=True)]
+            inside = all(0 <= index < size for index, size in zip(at, space, strict=True))
+            wanted = array[(slice(None), slice(None), *at)] if inside else torch.zeros(2, 3)
+            assert torch.equal(found[(slice(None), token, slice(None), *offset)], wanted)
+
+
+@each_overlap
+def test_blending_undoes_windows(space: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    array = torch.randn(2, 3, *space, generator=generator(0))
+    tokens = windows(array, patch, stride)
+    back, number = blend(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), token_grid(space, stride), patch, stride)
+    torch.testing.assert_close(back, array, rtol=0, atol=1e-6)
+    assert number.min() >= 1
+    assert (number.max() > 1) == (patch != stride)
+
+
+@each_overlap
+def test_blending_averages_what_lies_on_a_voxel(space: tuple[int, ...], patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    grid = token_grid(space, stride)
+    tokens = torch.randn(1, math.prod(grid), 2, math.prod(patch), generator=generator(1))
+    used = torch.rand(1, math.prod(grid), generator=generator(2)) < 0.6
+    total, number = torch.zeros(2, *space), torch.zeros(space)
+    for token, place in enumerate(itertools.product(*map(range, grid))):
+        for voxel, offset in enumerate(itertools.product(*map(range, patch))):
+            at = tuple(p * s + o - (size - s) // 2 for p, s, o, size in zip(place, stride, offset, patch, strict=True))
+            if used[0, token] and all(0 <= index < size for index, size in zip(at, space, strict=True)):
+                total[(slice(None), *at)] += tokens[0, token, :, voxel]
+                number[at] += 1
+    found, count = blend(tokens, used, grid, patch, stride)
+    assert torch.equal(count[0, 0], number)
+    torch.testing.assert_close(found[0], total / number.clamp(min=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("patch", "stride"), [((4,), (6,)), ((4,), (3,)), ((4, 4), (4,))])
+def test_patches_and_strides_that_do_not_go_together_are_refused(patch: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="larger by an even number on every axis"):
+        margins(patch, stride)
+
+
+def layout(groups: tuple[tuple[int, ...], ...], stride: tuple[int, ...] = (4, 4)) -> TokenLayout:
+    return TokenLayout(token_grid((8, 12), stride), (4, 4), stride, groups, 3)
+
+
+@pytest.mark.parametrize("stride", [(4, 4), (2, 2)])
+@pytest.mark.parametrize("groups", [((0, 1, 2),), ((0, 2), (1,)), ((2,), (0,), (1,))])
+def test_all_tokens_joined_are_the_array(groups: tuple[tuple[int, ...], ...], stride: tuple[int, ...]) -> None:
+    one = layout(groups, stride)
+    array = torch.randn(2, 3, 8, 12, generator=generator(0))
+    ids = torch.randperm(math.prod(one.full_grid), generator=generator(1)).expand(2, -1)
+    tokens, used = one.pick(one.split(array), ids), torch.ones_like(ids, dtype=torch.bool)
+    back, there = one.join(tokens, ids, used)
+    torch.testing.assert_close(back, array, rtol=0, atol=1e-6)
+    assert there.all()
+    assert one.seen(ids, used).all()
+
+
+def test_a_token_of_a_group_holds_its_own_channels_only() -> None:
+    one = layout(((0, 2), (1,)))
+    array = torch.randn(1, 3, 8, 12, generator=generator(0))
+    tokens = one.pick(one.split(array), torch.tensor([[5, 11]]))
+    whole = patchify(array, (4, 4))[0, 5]
+    assert torch.equal(tokens[0, 0], torch.stack([whole[0], 0 * whole[1], whole[2]]))
+    assert torch.equal(tokens[0, 1], torch.stack([0 * whole[0], whole[1], 0 * whole[2]]))
+
+
+@pytest.mark.parametrize("stride", [(4, 4), (2, 2)])
+def test_what_is_seen_is_what_shown_tokens_reach(stride: tuple[int, ...]) -> None:
+    one = layout(((0, 2), (1,)), stride)
+    number = math.prod(one.full_grid)
+    ids = torch.stack([torch.randperm(number, generator=generator(seed))[:5] for seed in (1, 2)])
+    used = torch.tensor([[True] * 5, [True, False, True, True, False]])
+    marked = torch.zeros(2, 3, 8, 12, dtype=torch.bool)
+    for sample in range(2):
+        for slot in range(5):
+            if used[sample, slot]:
+                there, _ = one.join(torch.ones(1, 1, 3, 16), ids[sample : sample + 1, slot : slot + 1], torch.ones(1, 1, dtype=torch.bool))
+                marked[sample] |= there[0] > 0
+    assert torch.equal(one.seen(ids, used), marked)
