@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.augment import RawBatch
 from mae_core.checkpoint import TrainState, save
 from mae_core.loader import Stream
+from mae_core.masking import STREAM_STEP, counter_bits
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr
 from mae_core.settings import Settings
 
@@ -106,6 +107,7 @@ def train(
 ) -> None:
     """Train `state` in place from its step to the last.
 
+    What a model draws for itself, such as dropped paths, is a function of seed, step and process.
     Gradients of all micro-batches and processes are summed and divided by the global count once, so neither the
     micro-batch size nor uneven numbers of valid voxels change the update.
 
@@ -129,6 +131,7 @@ def train(
     lr = learning_rate(optim, stream.settings.global_batch_size)
     window = _Window()
     for batches, waited in stream.steps(state.step, settings.steps):
+        torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
         set_lr(state.optimiser, lr * lr_factor(state.step, settings.steps, optim))
         losses = []
         for number, raw in enumerate(batches):

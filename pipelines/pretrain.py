@@ -110,9 +110,13 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     model = recipe.model.model_copy(update={"encoder": encoder})
     try:
         with torch.device("meta"):
-            MaskedAutoencoder(model, store.channels)
+            num_target_channels = MaskedAutoencoder(model, store.channels).decoder.shape[0]
     except ValueError as error:
         raise RunError(str(error)) from error
+    if model.error.channel_weights and num_target_channels != len(store.channels):
+        raise RunError(
+            f"model.error.channel_weights cannot weigh target.kind={model.target.kind}, which joins all channels; leave them out"
+        )
     if recipe.perceptual.encoder and model.target.kind == "hog":
         raise RunError("perceptual.encoder needs a target that can be brought back to pixels; with target.kind=hog leave it out")
     return recipe.model_copy(update={"crop": crop, "model": model})
