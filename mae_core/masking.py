@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mae_core.settings import Settings, default_kind
 
-STREAM_ORDER, STREAM_CROP, STREAM_FLIP, STREAM_HIDE, STREAM_UNIT, STREAM_DROP, STREAM_SCALE, STREAM_INTENSITY, STREAM_CHANNEL, STREAM_STEP = range(1, 11)
+STREAM_ORDER, STREAM_CROP, STREAM_FLIP, STREAM_HIDE, STREAM_UNIT = range(1, 6)
+STREAM_DROP, STREAM_SCALE, STREAM_INTENSITY, STREAM_CHANNEL, STREAM_STEP = range(6, 11)
 """First counter of each use, so that no two uses share their numbers."""
 
 _GOLDEN = -7046029254386353131

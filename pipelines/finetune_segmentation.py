@@ -10,44 +10,39 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from mae_core.augment import AugmentSettings, Normaliser
+from mae_core.augment import AugmentSettings
 from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
-from mae_core.nd import per_axis
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, processes
-from mae_core.segmentation import Segmentation, columns_of, confusion_by_scene, layer_number, measures
+from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
-from modalities.catalogue import match_labels, scan
 from modalities.scene import SceneError
 from pipelines.command_line import run
+from pipelines.labelled import fitting_crop, labelled_store, labelled_task
 from pipelines.preparation import PreparationError, PrepareSettings
-from pipelines.preparation_plan import make_plan
-from pipelines.prepare import TILES, prepare_store, store_attributes
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, reader_of, recall, write_json
+from pipelines.run_folder import RUN, begin, finish, model_folder, model_problems, public, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
 MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "prepare.num_workers", "prepare.scheduler")
-MAX_SHIFT = 10.0
-"""Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
 
 
 class FinetuneSettings(Settings):
@@ -107,9 +102,7 @@ def work(settings: FinetuneSettings) -> int:
     folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
     store = labelled_store(settings, about)
-    crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
-    crop = tuple(min(size, room // part * part) for size, room, part in zip(crop, store.space, about.encoder.patch, strict=True))
-    settings = settings.model_copy(update={"crop": crop})
+    settings = settings.model_copy(update={"crop": fitting_crop(settings, about, store)})
     config = to_plain(settings) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     with processes(settings.train.device) as parallel:
         done = begin(settings.out, "finetune_segmentation", config, MAY_DIFFER) if parallel.is_first else None
@@ -124,91 +117,15 @@ def work(settings: FinetuneSettings) -> int:
     return 0
 
 
-class Labelled(Protocol):
-    """What `labelled_store` asks of the settings of a verb."""
-
-    @property
-    def data(self) -> Path:
-        """Images."""
-
-    @property
-    def labels(self) -> Path:
-        """Label maps."""
-
-    @property
-    def out(self) -> Path:
-        """Folder of the run; stores lie beside it."""
-
-    @property
-    def reader(self) -> dict[str, Any]:
-        """Changes to the adapter's settings."""
-
-    @property
-    def prepare(self) -> PrepareSettings:
-        """How tiles are cut."""
-
-
-def labelled_store(settings: Labelled, about: Description) -> TileStore:
-    """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
-    reader = reader_of(about, settings.reader)
-    catalogue = scan(settings.data, reader)
-    pairs, without = match_labels(catalogue, settings.labels)
-    if without:
-        console.print(f"[yellow]{len(without)} scenes have no label and are left out[/]; first: {without[0].file} ({without[0].reason})")
-    catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in pairs))
-    labels = {scene.name: found for scene, found in pairs}
-    tile = settings.prepare.tile or TILES[about.modality]
-    prepare = settings.prepare.model_copy(update={"tile": tile})
-    plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)))
-    path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
-    prepare_store(catalogue, path, reader, prepare, labels)
-    return TileStore.open(path)
-
-
 def make_job(
     settings: FinetuneSettings, encoder: AnyEncoder, about: Description, store: TileStore, parallel: Parallel, config: dict[str, Any]
 ) -> Job:
-    """Classes, channels, rows and normalisation, checked against the encoder."""
-    values = tuple(value for value in store.attributes["classes"] if value not in settings.ignore)
-    if len(values) < 2:
-        raise RunError(
-            f"the labels hold classes {store.attributes['classes']} and {list(settings.ignore)} are ignored; two classes are needed"
-        )
-    if settings.class_names and len(settings.class_names) != len(values):
-        raise RunError(f"class_names gives {len(settings.class_names)} names and the labels hold {len(values)} classes: {list(values)}")
-    names = settings.class_names or tuple(f"class {value}" for value in values)
-    columns = columns_of(about.channels, store.channels)
-    known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
-    pairs = [known.get(name, (0.0, 1.0)) for name in store.channels]
-    check_units(store, known)
-    normaliser = Normaliser(
-        settings.crop,
-        tuple(pair[0] for pair in pairs),
-        tuple(pair[1] for pair in pairs),
-        about.no_value,
-        settings.train.seed,
-        settings.augment,
-    )
-    rows = _labelled_rows(store, settings)
-    held_out = spread(store.rows("val"), settings.train.eval_tiles)
+    """The task with its augmentation and the rows that it is trained and judged on."""
     batch = settings.loader.micro_batch_size or settings.loader.global_batch_size // parallel.world
-    task = Segmentation(values, names, columns, normaliser, store, held_out, batch, parallel)
-    return Job(settings, encoder, about, store, rows, task, parallel, config)
-
-
-def check_units(store: TileStore, known: dict[str, tuple[float, float]]) -> None:
-    """Refuse data whose values are on another scale than the encoder was pretrained on.
-
-    Raises:
-        RunError: A channel's mean lies far outside; the message gives both.
-    """
-    for name, here in zip(store.channels, store.statistics.mean, strict=True):
-        if name in known and abs(here - known[name][0]) > MAX_SHIFT * known[name][1]:
-            there, width = known[name]
-            raise RunError(
-                f"channel {name} has mean {here:.4g} here and {there:.4g} ± {width:.4g} in the encoder's pretraining: other units; "
-                "set the scale and offset of the reader, such as reader.radiometry"
-            )
+    task = labelled_task(settings, about, store, batch, parallel)
+    normaliser = replace(task.normaliser, seed=settings.train.seed, augment=settings.augment)
+    task = replace(task, normaliser=normaliser, held_out=spread(task.held_out, settings.train.eval_tiles))
+    return Job(settings, encoder, about, store, _labelled_rows(store, settings), task, parallel, config)
 
 
 def _labelled_rows(store: TileStore, settings: FinetuneSettings) -> NDArray[np.int64]:

@@ -12,19 +12,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mae_core.augment import Normaliser
 from mae_core.checkpoint import sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, load_encoder
-from mae_core.nd import per_axis
 from mae_core.parallel import Parallel, processes
 from mae_core.probes import PIXELS, LinearSettings, Samples, classification_measures, collect, knn, linear_probe
-from mae_core.segmentation import Segmentation, columns_of, confusion
+from mae_core.segmentation import Segmentation, confusion
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
-from mae_core.tracking import Registered, Tracker, TrackingSettings
+from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
 from pipelines.command_line import run
-from pipelines.finetune_segmentation import EXPECTED, check_units, labelled_store
+from pipelines.finetune_segmentation import EXPECTED
+from pipelines.labelled import labelled_store, labelled_task
 from pipelines.preparation import PrepareSettings
 from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
@@ -101,23 +100,10 @@ def make_task(settings: ProbeSettings, about: Description, store: TileStore, par
     Raises:
         RunError: There are fewer than two classes, nothing is held out, or the values are in other units.
     """
-    found = store.attributes["classes"]
-    values = tuple(value for value in found if value not in settings.ignore)
-    if len(values) < 2:
-        raise RunError(f"the labels hold classes {found} and {list(settings.ignore)} are ignored; two classes are needed")
-    if settings.class_names and len(settings.class_names) != len(values):
-        raise RunError(f"class_names gives {len(settings.class_names)} names and the labels hold {len(values)} classes: {list(values)}")
-    if not len(store.rows("val")):
+    task = labelled_task(settings, about, store, settings.batch_size, parallel)
+    if not len(task.held_out):
         raise RunError("no tile is held out, so nothing can be judged; set prepare.split.val_fraction above 0")
-    known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
-    check_units(store, known)
-    pairs = [known.get(name, (0.0, 1.0)) for name in store.channels]
-    crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
-    crop = tuple(min(size, room // part * part) for size, room, part in zip(crop, store.space, about.encoder.step, strict=True))
-    normaliser = Normaliser(crop, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs), about.no_value, 0, None)
-    names = settings.class_names or tuple(f"class {value}" for value in values)
-    columns = columns_of(about.channels, store.channels)
-    return Segmentation(values, names, columns, normaliser, store, store.rows("val"), settings.batch_size, parallel)
+    return task
 
 
 def measured(settings: ProbeSettings, task: Segmentation, encoder: AnyEncoder, about: Description) -> dict[str, Any]:
@@ -190,7 +176,7 @@ def track(settings: ProbeSettings, task: Segmentation, figures: dict[str, Any], 
         tracker.metrics(values, 0)
         if version is not None:
             tracker.used_model(version)
-    return {"run_id": tracker.run_id, "uri": tracker.uri, "encoder": version.uri if version else None}
+    return {"run_id": tracker.run_id, "uri": redacted(tracker.uri), "encoder": version.uri if version else None}
 
 
 def tell(result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ VERBS = (
     ("pretrain_mri", "folder of MRI volumes to tiles, encoder and registry in one command"),
     ("finetune_segmentation", "encoder and labels to a segmenter"),
     ("probe", "encoder and labels to what a linear map and nearest neighbours read out of frozen features"),
+    ("compare", "one choice at a time: the same pretraining with changes and seeds, judged by probes"),
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return verb(words[0])(words[1:])
 
 
-def verb(name: str) -> Callable[[Sequence[str]], int]:
+def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case per verb
     """The `main` of a verb, imported only now, so that the others cost nothing."""
     match name:
         case "prepare":
@@ -56,6 +57,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:
             from pipelines.finetune_segmentation import main as chosen
         case "probe":
             from pipelines.probe import main as chosen
+        case "compare":
+            from pipelines.compare import main as chosen
         case "predict":
             from pipelines.predict import main as chosen
         case "convert":

@@ -1,0 +1,118 @@
+"""Images with labels, read and cut as an encoder's pretraining data were, become a task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from mae_core.augment import Normaliser
+from mae_core.export import Description
+from mae_core.nd import per_axis
+from mae_core.parallel import Parallel
+from mae_core.segmentation import Segmentation, columns_of
+from mae_core.store import TileStore
+from modalities.catalogue import match_labels, scan
+from pipelines.preparation import PrepareSettings
+from pipelines.preparation_plan import make_plan
+from pipelines.prepare import TILES, prepare_store, store_attributes
+from pipelines.progress import console
+from pipelines.run_folder import RunError, reader_of
+
+MAX_SHIFT = 10.0
+"""Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
+
+
+class Labelled(Protocol):
+    """What is asked of the settings of a verb that reads images with labels."""
+
+    @property
+    def data(self) -> Path:
+        """Images."""
+
+    @property
+    def labels(self) -> Path:
+        """Label maps."""
+
+    @property
+    def out(self) -> Path:
+        """Folder of the run; stores lie beside it."""
+
+    @property
+    def reader(self) -> dict[str, Any]:
+        """Changes to the adapter's settings."""
+
+    @property
+    def prepare(self) -> PrepareSettings:
+        """How tiles are cut."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by rising number; may be empty."""
+
+    @property
+    def ignore(self) -> tuple[int, ...]:
+        """Class numbers that count nowhere."""
+
+    @property
+    def crop(self) -> tuple[int, ...]:
+        """Voxels per axis; may be empty."""
+
+
+def labelled_store(settings: Labelled, about: Description) -> TileStore:
+    """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
+    reader = reader_of(about, settings.reader)
+    catalogue = scan(settings.data, reader)
+    pairs, without = match_labels(catalogue, settings.labels)
+    if without:
+        console.print(f"[yellow]{len(without)} scenes have no label and are left out[/]; first: {without[0].file} ({without[0].reason})")
+    catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in pairs))
+    labels = {scene.name: found for scene, found in pairs}
+    tile = settings.prepare.tile or TILES[about.modality]
+    prepare = settings.prepare.model_copy(update={"tile": tile})
+    plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)))
+    path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
+    prepare_store(catalogue, path, reader, prepare, labels)
+    return TileStore.open(path)
+
+
+def labelled_task(settings: Labelled, about: Description, store: TileStore, batch_size: int, parallel: Parallel) -> Segmentation:
+    """Classes, channels, crop and normalisation, checked against the encoder; central crops, judged on all held-out tiles.
+
+    Raises:
+        RunError: There are fewer than two classes, names do not fit, or the values are in other units.
+    """
+    found = store.attributes["classes"]
+    values = tuple(value for value in found if value not in settings.ignore)
+    if len(values) < 2:
+        raise RunError(f"the labels hold classes {found} and {list(settings.ignore)} are ignored; two classes are needed")
+    if settings.class_names and len(settings.class_names) != len(values):
+        raise RunError(f"class_names gives {len(settings.class_names)} names and the labels hold {len(values)} classes: {list(values)}")
+    names = settings.class_names or tuple(f"class {value}" for value in values)
+    known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
+    check_units(store, known)
+    mean, std = zip(*(known.get(name, (0.0, 1.0)) for name in store.channels), strict=True)
+    normaliser = Normaliser(fitting_crop(settings, about, store), mean, std, about.no_value, 0, None)
+    columns = columns_of(about.channels, store.channels)
+    return Segmentation(values, names, columns, normaliser, store, store.rows("val"), batch_size, parallel)
+
+
+def fitting_crop(settings: Labelled, about: Description, store: TileStore) -> tuple[int, ...]:
+    """The crop that is set, or that of pretraining, cut down to whole tokens that fit into the store's tiles."""
+    crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
+    return tuple(min(size, room // part * part) for size, room, part in zip(crop, store.space, about.encoder.step, strict=True))
+
+
+def check_units(store: TileStore, known: dict[str, tuple[float, float]]) -> None:
+    """Refuse data whose values are on another scale than the encoder was pretrained on.
+
+    Raises:
+        RunError: A channel's mean lies far outside; the message gives both.
+    """
+    for name, here in zip(store.channels, store.statistics.mean, strict=True):
+        if name in known and abs(here - known[name][0]) > MAX_SHIFT * known[name][1]:
+            there, width = known[name]
+            raise RunError(
+                f"channel {name} has mean {here:.4g} here and {there:.4g} ± {width:.4g} in the encoder's pretraining: other units; "
+                "set the scale and offset of the reader, such as reader.radiometry"
+            )
