@@ -57,8 +57,7 @@ def make_optimiser(
     for (layer, decays), weights in sorted(groups.items(), key=lambda item: item[0]):
         scale = layer_decay ** (last - layer)
         parts.append({"params": weights, "weight_decay": settings.weight_decay if decays else 0.0, "lr_scale": scale, "lr": lr * scale})
-    fused = named[0][1].is_cuda if named else False
-    return torch.optim.AdamW(parts, lr=lr, betas=settings.betas, fused=fused)
+    return torch.optim.AdamW(parts, lr=lr, betas=settings.betas, fused=True)
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:

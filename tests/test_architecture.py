@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
-    "ground": "settings nd masking targets positions augment vit",
-    "parts": "mae heads shards store store_writer loader optim parallel checkpoint export weights published monai_export",
+    "ground": "settings nd masking context positions targets hog errors augment vit sparse_conv encoders",
+    "parts": "decoders mae perceptual flops heads shards store store_writer loader optim parallel checkpoint export weights published monai_export",
     "wholes": "train evaluate segmentation probes tiling tracking served_model figures finetune",
 }
 HOMES = {
@@ -42,7 +42,8 @@ HOMES = {
     "zarr": ["mae_core/store.py", "mae_core/store_writer.py"],
     "numcodecs": ["mae_core/store.py", "mae_core/store_writer.py", "mae_core/shards.py"],
     "pyarrow": ["mae_core/store.py", "mae_core/store_writer.py"],
-    "monai": ["mae_core/heads.py"],
+    "monai": ["mae_core/heads.py", "pipelines/benchmark_peers.py"],
+    "transformers": ["pipelines/benchmark_peers.py"],
     "safetensors": ["mae_core/checkpoint.py", "mae_core/export.py", "mae_core/weights.py"],
     "omegaconf": ["pipelines/command_line.py", "pipelines/config_files.py"],
     "yaml": ["pipelines/command_line.py", "pipelines/config_files.py"],

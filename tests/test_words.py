@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = ("mask_ratio", "mlp_ratio")
+SHARES = ("mask_ratio", "final_mask_ratio", "mlp_ratio")
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,153 @@
+"""Arithmetic of a training step: every matrix product of the model with its shape, and what torch counts in any step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_core.decoders import CrossDecoder
+from mae_core.mae import MaskedAutoencoder
+from mae_core.masking import num_kept, num_predicted
+
+
+@dataclass(frozen=True)
+class Product:
+    """Equal matrix products `(rows, inner) @ (inner, columns)` in the forward pass of one sample.
+
+    Attributes:
+        name: Where it is, such as `encoder.mlp_in`; the part before the dot is encoder, bridge, decoder, head or embed.
+        rows: Tokens.
+        inner: Length of the sums.
+        columns: Width of the result; for attention, all heads together.
+        times: How many there are, one per block.
+        is_linear: Between tokens and weights; False for the two products inside attention.
+    """
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+    is_linear: bool = True
+
+    @property
+    def part(self) -> str:
+        """Part of the model."""
+        return self.name.split(".")[0]
+
+    @property
+    def forward(self) -> int:
+        """Operations of the forward pass, a multiply-add counting two."""
+        return 2 * self.rows * self.inner * self.columns * self.times
+
+    @property
+    def training(self) -> int:
+        """Operations of forward and backward: three times the forward ones, but two for the embedding, whose input has no gradient."""
+        return self.forward * (2 if self.part == "embed" else 3)
+
+
+def products(model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) -> tuple[Product, ...]:
+    """The matrix products of one sample in which every token is valid, as the model is trained.
+
+    Tokens are embedded where they are visible and predicted where they are hidden (with cross-attention: a part of
+    them). Norms, biases, activations, softmax, positions, context and loss are not counted, and neither is what
+    `recompute` computes twice: these are the operations of the model, not of the machine. Formulas: He et al. (2021),
+    section 3; Fu et al. (2024), section 3 for cross-attention.
+
+    Args:
+        model: Gives widths, depths and the kind of the decoder; may be on the meta device.
+        space: Voxels per axis of a crop.
+        mask_ratio: Share of the tokens that is hidden.
+    """
+    encoder, decoder = model.encoder, model.decoder
+    tokens = math.prod(encoder.layout(space).full_grid)
+    kept = num_kept(tokens, mask_ratio)
+    hidden, prefix = tokens - kept, encoder.num_prefix
+    seen = kept + prefix
+    voxels = len(encoder.channels) * math.prod(encoder.settings.patch)
+    width, outer = decoder.embed.out_features, decoder.head.out_features
+    found = [Product("embed.patches", kept, voxels, encoder.settings.width)]
+    found += block_products("encoder", seen, encoder.settings.width, encoder.blocks)
+    found.append(Product("bridge.linear", seen, encoder.settings.width, width))
+    if isinstance(decoder, CrossDecoder):
+        hidden = num_predicted(hidden, decoder.settings.predicted_fraction)
+        found += cross_products("decoder", hidden, seen, width, decoder.blocks)
+    else:
+        found += block_products("decoder", tokens + prefix, width, decoder.blocks)
+    return (*found, Product("head.linear", hidden, width, outer))
+
+
+def block_products(part: str, length: int, width: int, blocks: nn.ModuleList) -> list[Product]:
+    """Products of pre-norm blocks in which `length` tokens attend to each other."""
+    depth = len(blocks)
+    return [
+        Product(f"{part}.query_key_value", length, width, 3 * width, depth),
+        Product(f"{part}.scores", length, width, length, depth, is_linear=False),
+        Product(f"{part}.mix", length, length, width, depth, is_linear=False),
+        Product(f"{part}.out", length, width, width, depth),
+        *_mlp(part, length, width, blocks),
+    ]
+
+
+def cross_products(part: str, length: int, seen: int, width: int, blocks: nn.ModuleList) -> list[Product]:
+    """Products of blocks in which `length` tokens attend to `seen` others."""
+    depth = len(blocks)
+    return [
+        Product(f"{part}.query", length, width, width, depth),
+        Product(f"{part}.key_value", seen, width, 2 * width, depth),
+        Product(f"{part}.scores", length, width, seen, depth, is_linear=False),
+        Product(f"{part}.mix", length, seen, width, depth, is_linear=False),
+        Product(f"{part}.out", length, width, width, depth),
+        *_mlp(part, length, width, blocks),
+    ]
+
+
+def _mlp(part: str, length: int, width: int, blocks: nn.ModuleList) -> list[Product]:
+    inner = next(layer.out_features for layer in blocks[0].get_submodule("mlp").modules() if isinstance(layer, nn.Linear))
+    return [Product(f"{part}.mlp_in", length, width, inner, len(blocks)), Product(f"{part}.mlp_out", length, inner, width, len(blocks))]
+
+
+def forward_flops(found: Sequence[Product]) -> int:
+    """Operations of one sample's forward pass."""
+    return sum(product.forward for product in found)
+
+
+def training_flops(found: Sequence[Product]) -> int:
+    """Operations of one sample's forward and backward pass."""
+    return sum(product.training for product in found)
+
+
+def largest_linears(found: Sequence[Product], batch_size: int, count: int) -> dict[str, tuple[int, int, int]]:
+    """Rows, inner length and columns of the linear layers that do most work, for a whole batch, by name; a shape comes once."""
+    shapes: dict[tuple[int, int, int], str] = {}
+    for product in sorted((product for product in found if product.is_linear), key=lambda product: -product.training):
+        shapes.setdefault((product.rows * batch_size, product.inner, product.columns), product.name)
+    return {name: shape for shape, name in list(shapes.items())[:count]}
+
+
+def unfused_bytes(found: Sequence[Product], element_bytes: int) -> int:
+    """Bytes that one sample's step moves outside its matrix products, if all that can be fused is.
+
+    An estimate: 60 elements of the token width per token and block (norms, residuals, activations and their
+    gradients), after Korthikanti et al. (2022), section 4, who count 34 bytes kept per token and width at 16 bits; each
+    is written once and read at least once.
+    """
+    own = [product for product in found if product.name.endswith(".out")]
+    return sum(60 * element_bytes * product.rows * product.columns * product.times for product in own)
+
+
+def counted_flops(step: Callable[[], torch.Tensor]) -> int:
+    """Operations that torch's counter sees in the forward and backward pass of a loss.
+
+    Attention is taken apart into its products while counting, because the counter does not know the fused kernel of
+    processors and counts those of GPUs with a recomputation in the backward pass. Gradients stay on the parameters.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step().backward()
+    return int(counter.get_total_flops())
