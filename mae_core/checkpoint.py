@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
@@ -47,6 +45,9 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
     Raises:
         CheckpointError: The disk is full or not writable; earlier checkpoints are intact.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     final = folder / f"step-{state.step:08d}"
     aside = folder / f"step-{state.step:08d}.tmp"
     try:
@@ -83,6 +84,8 @@ def restore(state: TrainState, folder: Path, say: Callable[[str], None]) -> dict
     Raises:
         CheckpointError: There are checkpoints and none is sound, or one does not fit the model.
     """
+    from safetensors.torch import load_file
+
     found = steps(folder)
     for path in reversed(found):
         problem = verify(path)
@@ -146,7 +149,7 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def advice(error: OSError | SafetensorError) -> str:
+def advice(error: Exception) -> str:
     """What to do about an error of writing. Safetensors tells the number of a system error in words only."""
     full = (errno.ENOSPC, errno.EDQUOT)
     is_full = getattr(error, "errno", None) in full or any(f"os error {code})" in str(error) for code in full)

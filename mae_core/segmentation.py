@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_core.augment import Batch, Normaliser, RawBatch, normalise
+from mae_core.context import Context, only_spacing
 from mae_core.export import Description, ModelError
 from mae_core.heads import Segmenter
 from mae_core.loader import fixed_batches, read_rows
@@ -56,7 +57,7 @@ class Segmentation:
         """Dice + cross-entropy per sample, over voxels that have a value and a label."""
         del progress
         batch = self.normaliser(raw, self.parallel.device)
-        scores = model(arrange(batch.pixels, self.columns), self.has_value(batch))
+        scores = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context)
         sums, counted = dice_cross_entropy(scores.float(), self.classes(batch))
         return Loss(sums.sum(), counted.sum(), sums.detach(), batch.sample.tile, float(len(sums)))
 
@@ -69,7 +70,7 @@ class Segmentation:
         plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, 0, None)
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
-            guess = model(arrange(batch.pixels, self.columns), self.has_value(batch)).argmax(dim=1)
+            guess = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context).argmax(dim=1)
             total += confusion(guess, self.classes(batch), size).cpu()
         total = self.parallel.sum(total.to(self.parallel.device)).cpu()
         yield from (("val_crops/" + name, value) for name, value in measures(total, self.names))
@@ -135,14 +136,14 @@ def measures(total: Int[Tensor, "class class"], names: Sequence[str]) -> Iterato
 
 
 def layer_number(name: str, depth: int) -> int:
-    """Layer of a segmenter's parameter for layer-wise decay: embedding and class token 0, block `i` `i + 1`, the rest last.
+    """Layer of a segmenter's parameter for layer-wise decay: whatever comes before the blocks 0, block `i` `i + 1`, the rest last.
 
     Raises:
         ValueError: The name carries a wrapper's prefix, which would silently put everything in the last group.
     """
     if not name.startswith(("encoder.", "head.")):
         raise ValueError(f"parameter {name} belongs to neither encoder nor head; is the model wrapped?")
-    if name.startswith(("encoder.embed.", "encoder.class_token")):
+    if name.startswith(("encoder.embed.", "encoder.class_token", "encoder.register_token", "encoder.places.", "encoder.context.")):
         return 0
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
@@ -171,7 +172,12 @@ def columns_of(wanted: Sequence[str], have: Sequence[str]) -> tuple[int, ...]:
 
 
 def probabilities(
-    model: Segmenter, crop: Sequence[int], overlap: float, pixels: Float[Tensor, "channel *space"], has_value: Bool[Tensor, "*space"]
+    model: Segmenter,
+    crop: Sequence[int],
+    overlap: float,
+    pixels: Float[Tensor, "channel *space"],
+    has_value: Bool[Tensor, "*space"],
+    context: Context | None = None,
 ) -> Float[Tensor, "class *space"]:
     """Class probabilities of an array of any size in normalised units, from blended crops; what a crop lacks is padded without value."""
 
@@ -179,7 +185,7 @@ def probabilities(
         part, known = pixels[(slice(None), *window)], has_value[window]
         missing = [want - have for want, have in zip(crop, known.shape, strict=True)]
         padding = [amount for extra in reversed(missing) for amount in (0, extra)]
-        scores: Tensor = model(F.pad(part, padding)[None], F.pad(known, padding)[None])[0].float()
+        scores: Tensor = model(F.pad(part, padding)[None], F.pad(known, padding)[None], context)[0].float()
         return scores.softmax(dim=0).cpu()
 
     return blended(has_value.shape, crop, overlap, predict)
@@ -194,7 +200,7 @@ def confusion_by_scene(task: Segmentation, model: Segmenter, overlap: float) -> 
     for row in task.held_out:
         batch = whole(read_rows(store, np.asarray([row]), _unnamed()), task.parallel.device)
         pixels, has_value = arrange(batch.pixels, task.columns)[0], task.has_value(batch)[0]
-        guess = probabilities(model, task.normaliser.crop, overlap, pixels, has_value).argmax(dim=0)
+        guess = probabilities(model, task.normaliser.crop, overlap, pixels, has_value, batch.context).argmax(dim=0)
         owned = tuple(slice(0, int(length)) for length in store.index.owned[row])
         found = confusion(guess[owned], task.classes(batch)[0].cpu()[owned], size)
         scene = str(store.index.scene[row])
@@ -229,9 +235,17 @@ class Labeller:
 
     @torch.inference_mode()
     def label(
-        self, read: Reader, space: Sequence[int], channels: Sequence[str], scale: Sequence[float], offset: Sequence[float]
+        self,
+        read: Reader,
+        space: Sequence[int],
+        spacing: Sequence[float],
+        channels: Sequence[str],
+        scale: Sequence[float],
+        offset: Sequence[float],
     ) -> NDArray[np.uint8]:
         """Class numbers `(*space)` of a scene whose stored values become physical by `scale` and `offset` per channel.
+
+        Its voxels lie `spacing` metres or millimetres apart along each axis.
 
         The whole scene and its class probabilities are held in memory.
 
@@ -247,6 +261,7 @@ class Labeller:
         has_value = torch.from_numpy((quality & about.no_value) == 0)
         absent = torch.tensor(columns) < 0
         fed = torch.where(has_value & ~absent.reshape(-1, *(1,) * len(space)), fed, 0.0)
-        best = probabilities(self.model, about.crop, self.overlap, fed, has_value).argmax(dim=0)
+        context = only_spacing(torch.tensor([list(spacing)], dtype=torch.float32))
+        best = probabilities(self.model, about.crop, self.overlap, fed, has_value, context).argmax(dim=0)
         values = torch.tensor([value for value, _ in about.classes], dtype=torch.uint8)
         return np.asarray(torch.where(has_value, values[best], self.no_label).to(torch.uint8))

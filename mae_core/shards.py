@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numcodecs import Zstd  # type: ignore[import-untyped]
-from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32")
@@ -102,6 +100,8 @@ class ShardedArray:
                 chunk = stream.read(length)
         except OSError as error:
             raise StoreError(f"{where} cannot be read: {error.strerror}") from error
+        from numcodecs import Zstd  # type: ignore[import-untyped]
+
         if len(chunk) != length or crc32c(chunk[:-4]) != int.from_bytes(chunk[-4:], "little"):
             raise StoreError(f"{where}: the chunk of tile {tile} fails its crc32c; restore the shard or prepare again")
         out = np.empty(self.shape[1:], self.stored_dtype)
@@ -116,6 +116,8 @@ class ShardedArray:
 
 def crc32c(data: bytes) -> int:
     """The Castagnoli checksum that zarr's `crc32c` codec appends."""
+    from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
+
     return int(CRC32C.checksum(np.frombuffer(data, np.uint8)))
 
 

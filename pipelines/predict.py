@@ -120,7 +120,8 @@ def label_scene(labeller: Labeller, scene: Scene, place: Path) -> dict[str, int]
     """Label one scene into a file; number of voxels by class."""
     scale = [channel.scale for channel in scene.channels]
     offset = [channel.offset for channel in scene.channels]
-    labels = labeller.label(scene.read, scene.grid.space, [channel.name for channel in scene.channels], scale, offset)
+    names = [channel.name for channel in scene.channels]
+    labels = labeller.label(scene.read, scene.grid.space, scene.grid.spacing, names, scale, offset)
     scene.write_labels(place, labels, labeller.no_label)
     known = dict(labeller.description.classes)
     values, numbers = np.unique(labels, return_counts=True)

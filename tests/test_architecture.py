@@ -21,7 +21,8 @@ PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
     "ground": "settings nd masking context positions targets hog errors augment vit sparse_conv encoders",
-    "parts": "decoders mae perceptual flops heads shards store store_writer loader optim parallel checkpoint export weights published monai_export",
+    "parts": "decoders mae perceptual flops heads shards store store_writer loader optim parallel checkpoint export weights published "
+    "monai_export",
     "wholes": "train evaluate segmentation probes tiling tracking served_model figures finetune",
 }
 HOMES = {

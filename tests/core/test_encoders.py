@@ -20,6 +20,7 @@ from mae_core.heads import HeadSettings, Segmenter
 from mae_core.mae import MaskedAutoencoder, ModelSettings, tokens_valid
 from mae_core.masking import HidingPlan, RandomHiding, hide
 from mae_core.positions import PositionSettings
+from mae_core.segmentation import layer_number
 from mae_core.sparse_conv import SparseConvSettings
 from mae_core.vit import EncoderSettings, channel_groups, pooled
 from tests.synthetic_batches import CHANNELS, generator, model_of, names, one_thread
@@ -214,3 +215,37 @@ def test_dropped_paths_are_drawn_anew_and_only_in_training() -> None:
     assert torch.equal(silent[0], silent[1])
     assert [block.drop_path for block in model.encoder.blocks] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
     assert math.isfinite(float(found[0].sum()))
+
+
+@each_encoder
+def test_whatever_comes_before_the_blocks_is_layer_zero(encoder: AnyEncoderSettings) -> None:
+    """Without that, layer-wise decay would leave tokens, places and context at the full rate."""
+    model = Segmenter(build_encoder(encoder, CHANNELS), HeadSettings(features=4), 2)
+    for name, _ in model.named_parameters():
+        late = name.startswith(("head.", "encoder.norm."))
+        block = name.startswith("encoder.blocks.")
+        wanted = encoder.depth + 1 if late else int(name.split(".")[2]) + 1 if block else 0
+        assert layer_number(name, encoder.depth) == wanted, name
+
+
+def test_model_and_loop_train_where_nothing_but_torch_is_installed() -> None:
+    """On a bare machine: no zarr, MLflow, MONAI or matplotlib can be imported, and a step is made."""
+    code = """
+import sys
+heavy = "zarr numcodecs mlflow monai matplotlib pyarrow dask rasterio nibabel scipy safetensors rich omegaconf"
+for name in heavy.split():
+    sys.modules[name] = None
+import torch
+import mae_core.train
+from mae_core.mae import MaskedAutoencoder, ModelSettings
+from mae_core.masking import RandomHiding, Sample, hide
+from mae_core.optim import OptimSettings, make_optimiser
+model = MaskedAutoencoder(ModelSettings.model_validate({"encoder": {"preset": "nano", "patch": [4, 4]}}), ["a"])
+number = torch.arange(2)
+plan = hide(torch.ones(2, 9, dtype=torch.bool), (1, 3, 3), RandomHiding(), 0, Sample(number, number, number))
+output = model(torch.randn(2, 1, 12, 12), torch.ones(2, 12, 12, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool), plan)
+output.error_sum.sum().backward()
+make_optimiser(model, OptimSettings(), 1e-3).step()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
