@@ -94,8 +94,8 @@ def tell(figures: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for name, runs in figures.items():
         rows.append([name, spread([run["skill"] for run in runs if run["skill"] is not None], "+"), *read(runs, "pretrained")])
-    rows += [[f"{arm}, not trained", "–", *read(first, arm)] for arm in ("random", "pixels")]
-    table(f"{len(first)} seeds", ["variant", "skill", *(f"{title}, balanced accuracy" for title in COLUMNS.values())], rows)
+    rows += [[f"({arm})", "–", *read(first, arm)] for arm in ("random", "pixels")]
+    table(f"balanced accuracy of probes, held-out groups, {len(first)} seeds", ["variant", "skill", *COLUMNS.values()], rows)
     console.print("Skill is told in the space of each variant's own target and hidden share, so compare probes, not skills.")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_is_untouched(
         path.write_bytes(b"the first part")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     words = rf"checkpoint of step 2 could not be written to {tmp_path}.*earlier checkpoints are intact, free some space and run again"
     with pytest.raises(CheckpointError, match=words):
         save(state, tmp_path, {}, keep=1)
@@ -225,7 +226,8 @@ def test_killed_while_it_saves_the_newest_that_is_whole_is_found(tmp_path: Path,
     go_on(state)
     save(state, tmp_path, {}, keep=2)
     go_on(state)
-    original = getattr(checkpoint, moment)
+    place = safetensors.torch if moment == "save_file" else checkpoint
+    original = getattr(place, moment)
     for call in range(3):
         left = [call]
 
@@ -235,7 +237,7 @@ def test_killed_while_it_saves_the_newest_that_is_whole_is_found(tmp_path: Path,
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(checkpoint, moment, killed)
+        monkeypatch.setattr(place, moment, killed)
         try:
             save(state, tmp_path, {}, keep=2)
         except KeyboardInterrupt:

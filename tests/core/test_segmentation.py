@@ -290,7 +290,7 @@ def test_a_scene_gets_class_numbers_in_stored_units_and_channels_by_name() -> No
     about = description().model_copy(update={"mean": (-5000.0, 0.0, 0.0), "std": (10.0, 1.0, 1.0), "classes": ((7, "low"), (3, "high"))})
     labeller = Labeller(oracle(), about, 0.5, 255)
     labels = labeller.label(
-        lambda window: (stored[:, *window], quality[window]), (19, 23), (1, 1), ["blue", "red"], [9.0, 0.5], [0.0, -25000.0]
+        lambda window: (stored[:, *window], quality[window]), (19, 23), (1.0, 1.0), ["blue", "red"], [9.0, 0.5], [0.0, -25000.0]
     )
     assert labels.dtype == np.uint8
     high = stored[1].astype(float) * 0.5 - 25000 > -5000
@@ -306,6 +306,6 @@ def test_what_has_no_value_changes_no_label(rubbish: float) -> None:
     found = []
     for fill in (0, rubbish):
         filled = np.where(quality, np.float32(fill), pixels)
-        found.append(labeller.label(lambda window, filled=filled: (filled, quality), (12, 14), (1, 1), CHANNELS, [1.0] * 3, [0.0] * 3))
+        found.append(labeller.label(lambda window, filled=filled: (filled, quality), (12, 14), (1.0, 1.0), CHANNELS, [1.0] * 3, [0.0] * 3))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0] == 255, quality == 1)

@@ -71,7 +71,7 @@ def test_every_variant_is_pretrained_and_probed_once_per_seed(words: list[str], 
         json.loads((tmp_path / "run" / f"{name}-seed0" / "result.json").read_text())["config"]["hiding"]["mask_ratio"] for name in found
     }
     assert ratios == {0.75, 0.5}
-    assert "random, not trained" in capsys.readouterr().out
+    assert "(random)" in capsys.readouterr().out
     before = (tmp_path / "run" / "mask50-seed1" / "result.json").stat().st_mtime_ns
     (tmp_path / "run" / "result.json").unlink()
     assert main(words) == 0
