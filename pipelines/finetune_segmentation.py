@@ -30,6 +30,7 @@ from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
+from mae_core.vit import Block
 from modalities.scene import SceneError
 from pipelines.command_line import run
 from pipelines.labelled import fitting_crop, labelled_store, labelled_task
@@ -61,6 +62,7 @@ class FinetuneSettings(Settings):
     crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: as in pretraining")
     overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops when held-out tiles are labelled")
     layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that a ViT's last block is passed by in training; less in earlier ones")
     head: HeadSettings = HeadSettings()
     prepare: PrepareSettings = PrepareSettings()
     augment: AugmentSettings = AugmentSettings()
@@ -121,6 +123,8 @@ def make_job(
     settings: FinetuneSettings, encoder: AnyEncoder, about: Description, store: TileStore, parallel: Parallel, config: dict[str, Any]
 ) -> Job:
     """The task with its augmentation and the rows that it is trained and judged on."""
+    if settings.drop_path and about.encoder.kind != "vit":
+        raise RunError(f"drop_path={settings.drop_path} passes by blocks of a ViT and this encoder is {about.encoder.kind}; leave it out")
     batch = settings.loader.micro_batch_size or settings.loader.global_batch_size // parallel.world
     task = labelled_task(settings, about, store, batch, parallel)
     normaliser = replace(task.normaliser, seed=settings.train.seed, augment=settings.augment)
@@ -208,6 +212,9 @@ def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
     """A segmenter whose arms differ in nothing but the encoder's weights."""
     torch.manual_seed(seed)
     model = Segmenter(build_encoder(job.about.encoder, job.about.channels), job.settings.head, len(job.task.values))
+    for number, block in enumerate(model.encoder.blocks):
+        if isinstance(block, Block):
+            block.drop_path = job.settings.drop_path * number / max(1, len(model.encoder.blocks) - 1)
     if arm == "pretrained":
         model.encoder.load_state_dict(job.encoder.state_dict())
     return model.to(job.parallel.device)

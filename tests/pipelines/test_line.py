@@ -153,7 +153,7 @@ def test_volumes_go_the_whole_way_and_labels_come_back_in_their_geometry(tmp_pat
     pretraining = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "encoder"), "prepare.tile=[16,16,16]", *ENCODER, *TINY]
     for _ in range(2):
         assert pretrain_mri.main([*pretraining, "prepare.split.val_fraction=0.3", f"tracking.uri={uri}"]) == 0
-    finetune(tmp_path, uri, "prepare.tile=[16,16,16]", "train.steps=2", "init=pretrained")
+    finetune(tmp_path, uri, "prepare.tile=[16,16,16]", "train.steps=2", "init=pretrained", "drop_path=0.3")
     assert list(done(tmp_path / "segmenter")["figures"]["held_out"]) == ["pretrained-seed0"]
     words = ["--model", str(tmp_path / "segmenter"), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "found"), "overlap=0.1"]
     assert predict.main([*words, f"tracking.uri={uri}"]) == 0
