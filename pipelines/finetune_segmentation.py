@@ -39,7 +39,7 @@ from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, table, training
-from pipelines.run_folder import RUN, begin, finish, model_folder, model_problems, public, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
