@@ -135,8 +135,10 @@ def perceptual_loss(recipe: PretrainRecipe, store: TileStore, out: Path, device:
     unknown = [name for name in store.channels if name not in about.channels]
     if unknown:
         raise RunError(f"perceptual.encoder {folder} does not know channels {unknown}; it knows {list(about.channels)}")
+    if about.encoder.step != about.encoder.patch or len(encoder.groups) > 1:
+        raise RunError(f"perceptual.encoder {folder} has overlapping patches or several channel groups; give a plain one")
     try:
-        token_grid(recipe.crop, about.encoder.patch)
+        token_grid(recipe.crop, about.encoder.step)
     except ValueError as error:
         raise RunError(f"perceptual.encoder {folder} cannot see crops of {list(recipe.crop)}: {error}") from error
     places = [about.channels.index(name) for name in store.channels]
@@ -274,7 +276,7 @@ def tell_start(
     """Say what is about to be trained."""
     weights = sum(weight.numel() for weight in state.model.parameters()) / 1e6
     encoder = recipe.model.encoder
-    grid = token_grid(recipe.crop, encoder.patch)
+    grid = token_grid(recipe.crop, encoder.step)
     say(
         f"[bold]{encoder.preset}[/] encoder, {weights:.2f} M weights with decoder; channels {', '.join(store.channels)}; "
         f"crop {'×'.join(map(str, recipe.crop))} in {int(np.prod(grid))} tokens of {'×'.join(map(str, encoder.patch))}, "

@@ -11,6 +11,7 @@ import torch
 
 from mae_core.checkpoint import restore
 from mae_core.evaluate import Panel, fit_basis
+from mae_core.export import load_encoder
 from mae_core.train import Checkpoints
 from pipelines.pretrain import main, resolved
 from pipelines.run_folder import RunError, recall
@@ -118,3 +119,12 @@ def test_a_frozen_encoder_judges_another_run(tmp_path_factory: pytest.TempPathFa
     assert main(arguments(store, tmp_path / "judged", uri, **changes)) == 0
     plain, judged = (recall(tmp_path / name)["figures"]["train/loss"] for name in ("judge", "judged"))
     assert judged > plain, "the term is in the loss"
+
+
+@pytest.mark.parametrize("name", ["overlap", "whole channels", "sparse convolution", "physical, resolution"])
+def test_the_verb_goes_to_its_end_and_keeps_a_model_that_loads(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, name: str) -> None:
+    store, uri = shared_store(tmp_path_factory), shared_tracking(tmp_path_factory)
+    assert main(arguments(store, tmp_path / "run", uri, **{"crop": [12], "train__steps": 2} | OPTIONS[name])) == 0
+    encoder, about = load_encoder(tmp_path / "run" / "model")
+    assert about.encoder == resolved(tiny_recipe(**{"crop": [12]} | OPTIONS[name]), store).model.encoder
+    assert encoder.channels == store.channels
