@@ -7,12 +7,9 @@ the same whatever the number of workers, the order in which they finish and the 
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,17 +21,11 @@ from modalities.scene import LabelMap, Scene
 from pipelines.preparation_folder import cannot_write, claimed, finished_manifest
 from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, finish_store, report_of
+from pipelines.preparation_workers import run_tasks
 from pipelines.shard_task import Record, ShardTask, finished_record, run_task
 from pipelines.tiling_plan import PreparationError, SplitSettings
 
 __all__ = ["PreparationError", "PreparationReport", "PrepareSettings", "prepare"]
-
-GDAL_LIMITS = {"GDAL_NUM_THREADS": "1", "GDAL_CACHEMAX": "256"}
-"""One thread and 256 MiB of cache per worker: dask does not see the memory that GDAL holds."""
-
-
-CONNECT_TIMEOUT_S = 30
-"""How long a dask scheduler has to answer."""
 
 
 class PrepareSettings(Settings):
@@ -126,7 +117,7 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     total = plan.layout.num_shards
     progress(len(records), total)
     alone = settings.scheduler is None and (settings.num_workers == 0 or len(todo) == 1)
-    run = _run_here(todo) if alone else _run_dask(todo, settings)
+    run = (_write_shard(task) for task in todo) if alone else run_tasks(_write_shard, todo, settings, _described)
     with contextlib.closing(run):
         for record in run:
             records[record["shard"]] = record
@@ -134,78 +125,16 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     return [records[shard] for shard in range(total)]
 
 
-def _run_here(tasks: Iterable[ShardTask]) -> Generator[Record]:
-    for task in tasks:
-        try:
-            yield run_task(task)
-        except OSError as error:
-            raise cannot_write(task.store, error) from error
+def _write_shard(task: ShardTask) -> Record:
+    """The record of a shard; where the folder cannot be written, the error says so in whatever process it was."""
+    try:
+        return run_task(task)
+    except OSError as error:
+        raise cannot_write(task.store, error) from error
 
 
-def _run_dask(tasks: list[ShardTask], settings: PrepareSettings) -> Generator[Record]:
-    """Records as they are finished; one task per worker thread is in flight, so that a worker that dies blames no other task."""
-    if not tasks:
-        return
-    from distributed import KilledWorker, as_completed
-
-    with _client(settings, len(tasks)) as client:
-        waiting = iter(tasks)
-        names = {}
-
-        def submit(in_flight: int) -> list[Any]:
-            started = []
-            for task in islice(waiting, max(1, sum(client.nthreads().values())) - in_flight):
-                started.append(client.submit(run_task, task, key=f"shard-{task.plan[:12]}-{task.shard}", pure=False))
-                names[started[-1].key] = f"shard {task.shard} of {task.store} (scenes {', '.join(s.name for s in task.scenes.values())})"
-            return started
-
-        running = as_completed(submit(0), loop=client.loop)
-        for future in running:
-            try:
-                yield future.result()
-            except KilledWorker as error:
-                raise PreparationError(
-                    f"the worker that writes {names[future.key]} died again and again, most likely for want of memory "
-                    f"({settings.memory_limit} each): raise prepare.memory_limit, or lower prepare.num_workers or prepare.tile"
-                ) from error
-            except OSError as error:
-                raise cannot_write(tasks[0].store, error) from error
-            running.update(submit(running.count()))
-
-
-@contextlib.contextmanager
-def _client(settings: PrepareSettings, num_tasks: int) -> Iterator[Any]:
-    """A dask client of the scheduler that was named, or of a cluster of our own: on this machine only, encrypted, without dashboard."""
-    import dask
-    from distributed import Client, LocalCluster
-
-    with contextlib.ExitStack() as stack:
-        if settings.scheduler is not None:
-            try:
-                yield stack.enter_context(Client(settings.scheduler, timeout=CONNECT_TIMEOUT_S, set_as_default=False))
-            except (OSError, TimeoutError) as error:
-                raise PreparationError(
-                    f"no dask scheduler answers at {settings.scheduler} ({error}); start it or check the address"
-                ) from error
-            return
-        stack.enter_context(dask.config.set({"distributed.scheduler.http.routes": []}))
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="terravox-"))
-        cluster = stack.enter_context(
-            LocalCluster(
-                n_workers=min(settings.num_workers, num_tasks),
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=settings.memory_limit,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                security=True,
-                local_directory=scratch,
-                silence_logs=logging.CRITICAL,
-                env=GDAL_LIMITS,
-            )
-        )
-        yield stack.enter_context(Client(cluster, set_as_default=False))
+def _described(task: ShardTask) -> str:
+    return f"shard {task.shard} of {task.store} (scenes {', '.join(scene.name for scene in task.scenes.values())})"
 
 
 def _check_disk(out: Path, plan: PreparationPlan, todo: Iterable[ShardTask]) -> None:

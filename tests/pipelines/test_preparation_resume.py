@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 import mae_core.store_writer
-import pipelines.preparation
+import pipelines.preparation_workers
 from pipelines.preparation import PreparationError, PrepareSettings, prepare
 from pipelines.tiling_plan import SplitSettings
 from tests.synthetic_scenes import Scenes, SyntheticScene, make_scene, three_places, tree
@@ -243,7 +243,7 @@ def test_a_full_disk_is_said_before_and_during(scenes: Scenes, tmp_path: Path, m
 
 
 def test_a_scheduler_that_does_not_answer_is_named(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines.preparation, "CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr(pipelines.preparation_workers, "CONNECT_TIMEOUT_S", 1)
     with pytest.raises(PreparationError, match=r"no dask scheduler answers at tcp://127.0.0.1:9"):
         prepare(scenes, tmp_path / "out", changed(scheduler="tcp://127.0.0.1:9"))
 
