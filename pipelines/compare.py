@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -13,7 +12,7 @@ from pydantic import Field, field_validator
 from mae_core.settings import Settings, to_plain
 from pipelines import pretrain_mri, pretrain_sentinel, probe
 from pipelines.command_line import run
-from pipelines.progress import console, table
+from pipelines.progress import console, mean_and_deviation, table
 from pipelines.run_folder import RunError, begin, finish, recall
 
 DESCRIPTION = "the same pretraining with one change at a time and several seeds, each judged by probes on held-out labels"
@@ -88,22 +87,15 @@ def tell(figures: dict[str, list[dict[str, Any]]]) -> None:
     """Print the table: mean and deviation over the seeds."""
 
     def read(runs: list[dict[str, Any]], arm: str) -> list[str]:
-        return [spread([run["balanced_accuracy"][arm][kind] for run in runs]) for kind in COLUMNS]
+        return [mean_and_deviation([run["balanced_accuracy"][arm][kind] for run in runs]) for kind in COLUMNS]
 
     first = next(iter(figures.values()))
     rows = []
     for name, runs in figures.items():
-        rows.append([name, spread([run["skill"] for run in runs if run["skill"] is not None], "+"), *read(runs, "pretrained")])
+        rows.append([name, mean_and_deviation([run["skill"] for run in runs if run["skill"] is not None], "+"), *read(runs, "pretrained")])
     rows += [[f"({arm})", "–", *read(first, arm)] for arm in ("random", "pixels")]
     table(f"balanced accuracy of probes, held-out groups, {len(first)} seeds", ["variant", "skill", *COLUMNS.values()], rows)
     console.print("Skill is told in the space of each variant's own target and hidden share, so compare probes, not skills.")
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, where there are several, standard deviation."""
-    if not values:
-        return "–"
-    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def check(settings: CompareSettings) -> list[str]:

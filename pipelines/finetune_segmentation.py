@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +38,7 @@ from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
-from pipelines.progress import console, table, training
+from pipelines.progress import console, mean_and_deviation, table, training
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
@@ -270,21 +270,17 @@ def tell(result: dict[str, Any]) -> None:
         for arm in arms:
             for kind in ("dice", "iou"):
                 key = f"{kind}/{name}" if name else f"mean_{kind}"
-                cells.append(_spread([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
+                cells.append(mean_and_deviation([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
         rows.append(cells)
     table(f"held-out groups, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
     console.print("Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of groups that no arm was trained on.")
     if len(arms) == 2:
         gains = [scores[f"pretrained-seed{seed}"]["mean_dice"] - scores[f"scratch-seed{seed}"]["mean_dice"] for seed in seeds]
-        console.print(f"pretrained − scratch, mean Dice: {_spread(gains, sign='+')}; with {len(seeds)} seeds this is a hint, not a proof.")
+        console.print(
+            f"pretrained − scratch, mean Dice: {mean_and_deviation(gains, sign='+')}; with {len(seeds)} seeds this is a hint, not a proof."
+        )
     console.print(f"registered as {result['mlflow']['model']} ({result['mlflow']['alias']}), from encoder {result['mlflow']['encoder']}")
     console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    if not values:
-        return "–"
-    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def check(settings: FinetuneSettings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import mean, stdev
 from time import monotonic
 
 from rich.console import Console
@@ -96,3 +97,10 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     for row in rows:
         grid.add_row(*row)
     console.print(grid)
+
+
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Mean and, where there are several values, their standard deviation; a dash where there is none."""
+    if not values:
+        return "–"
+    return f"{mean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.compare import main, spread
+from pipelines.compare import main
+from pipelines.progress import mean_and_deviation
 from tests.synthetic_volumes import save_volume
 from tests.tiny_runs import one_thread, shared_tracking
 
@@ -89,6 +90,6 @@ def test_a_name_that_is_no_folder_is_refused(words: list[str], capsys: pytest.Ca
 
 
 def test_a_mean_has_a_deviation_where_there_are_several() -> None:
-    assert spread([0.5, 0.7]) == "0.600 ± 0.141"
-    assert spread([0.25], "+") == "+0.250"
-    assert spread([]) == "–"
+    assert mean_and_deviation([0.5, 0.7]) == "0.600 ± 0.141"
+    assert mean_and_deviation([0.25], "+") == "+0.250"
+    assert mean_and_deviation([]) == "–"
