@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from mae_core.settings import Settings, to_plain
 from pipelines import pretrain_mri, pretrain_sentinel, probe
 from pipelines.command_line import run
+from pipelines.labelled import missing
 from pipelines.progress import console, mean_and_deviation, table
 from pipelines.run_folder import RunError, begin, finish, recall
 
@@ -100,8 +101,7 @@ def tell(figures: dict[str, list[dict[str, Any]]]) -> None:
 
 def check(settings: CompareSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    places = (("data", settings.data), ("labels", settings.labels))
-    return [f"{name} = {path}: does not exist" for name, path in places if not path.exists()]
+    return missing(settings.data, settings.labels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Block
 from modalities.scene import SceneError
 from pipelines.command_line import run
-from pipelines.labelled import fitting_crop, labelled_store, labelled_task
+from pipelines.labelled import fitting_crop, labelled_store, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
@@ -285,10 +285,7 @@ def tell(result: dict[str, Any]) -> None:
 
 def check(settings: FinetuneSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    problems = [
-        f"{name} = {path}: does not exist" for name, path in (("data", settings.data), ("labels", settings.labels)) if not path.exists()
-    ]
-    return problems + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
+    return missing(settings.data, settings.labels) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

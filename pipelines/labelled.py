@@ -59,6 +59,11 @@ class Labelled(Protocol):
         """Voxels per axis; may be empty."""
 
 
+def missing(data: Path, labels: Path) -> list[str]:
+    """Problems with the places of images and labels, one line each."""
+    return [f"{name} = {path}: does not exist" for name, path in (("data", data), ("labels", labels)) if not path.exists()]
+
+
 def labelled_store(settings: Labelled, about: Description) -> TileStore:
     """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
     reader = reader_of(about, settings.reader)

@@ -23,7 +23,7 @@ from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
 from pipelines.command_line import run
 from pipelines.finetune_segmentation import EXPECTED
-from pipelines.labelled import labelled_store, labelled_task
+from pipelines.labelled import labelled_store, labelled_task, missing
 from pipelines.preparation import PrepareSettings
 from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
@@ -206,9 +206,7 @@ def spoken(values: Sequence[float]) -> str:
 
 def check(settings: ProbeSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    places = (("data", settings.data), ("labels", settings.labels))
-    problems = [f"{name} = {path}: does not exist" for name, path in places if not path.exists()]
-    return problems + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
+    return missing(settings.data, settings.labels) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
