@@ -17,13 +17,12 @@ from mae_core.errors import channel_weights, elementwise_error
 from mae_core.loader import fixed_batches
 from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings, hidden_counted, tokens_valid
 from mae_core.masking import AnyHiding, HidingPlan, at_progress, hide
-from mae_core.nd import TokenLayout, token_grid
+from mae_core.nd import TokenLayout
 from mae_core.parallel import Parallel, unwrap
 from mae_core.perceptual import PerceptualTerm
 from mae_core.store import TileStore
 from mae_core.targets import PcaTarget, fit_pca
 from mae_core.train import Loss
-from mae_core.vit import channel_groups
 
 EVALUATION_SEED = 20_211_111
 """Hidden sets of held-out tiles are drawn from this, whatever the run's seed, so that runs can be compared."""
@@ -119,12 +118,12 @@ class Pretraining:
         batch = self.normaliser(raw, self.parallel.device)
         hiding = at_progress(self.hiding, progress)
         context = None if batch.context is None else dropped(batch.context, self.model.encoder.context, self.seed, batch.sample)
-        output: MaeOutput = model(batch.pixels, batch.counted, batch.present, self._plan(batch, hiding, self.seed), context)
+        inner = unwrap(model)
+        assert isinstance(inner, MaskedAutoencoder)
+        output: MaeOutput = model(batch.pixels, batch.counted, batch.present, self._plan(inner, batch, hiding, self.seed), context)
         weights = self.weights(output.count)
         sums, counts = (output.error_sum * weights).sum(dim=1), (output.count * weights).sum(dim=1)
         if self.perceptual is not None:
-            inner = unwrap(model)
-            assert isinstance(inner, MaskedAutoencoder)
             sums = sums + counts * self.perceptual(inner, batch, output)
         return Loss(sums.sum(), counts.sum(), sums.detach(), batch.sample.tile, float(output.predicted.numel()))
 
@@ -151,7 +150,7 @@ class Pretraining:
         plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, self.seed, None)
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
-            plan = self._plan(batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
+            plan = self._plan(model, batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
             output = model(batch.pixels, batch.counted, batch.present, plan, batch.context)
             layout = model.encoder.layout(batch.pixels.shape[2:])
             parts = [output.error_sum, *trivial_errors(batch, layout, output, model), output.count]
@@ -166,18 +165,11 @@ class Pretraining:
             for name, column in zip(self.store.channels, totals.T, strict=True):
                 yield from _skill(f"/{name}", column)
 
-    def _plan(self, batch: Batch, hiding: AnyHiding, seed: int) -> HidingPlan:
-        layout = self.layout(batch.pixels.shape[2:])
+    def _plan(self, model: MaskedAutoencoder, batch: Batch, hiding: AnyHiding, seed: int) -> HidingPlan:
+        layout = model.encoder.layout(batch.pixels.shape[2:])
         valid = tokens_valid(layout, batch.counted, batch.present, self.model.min_token_valid_fraction)
         unknown = None if valid.device.type == "cpu" else False  # looking would wait for the device
         return hide(valid, layout.full_grid, hiding, seed, batch.sample, batch.complete or unknown)
-
-    def layout(self, space: Sequence[int]) -> TokenLayout:
-        """How a crop becomes tokens."""
-        encoder, channels = self.model.encoder, self.store.channels
-        return TokenLayout(
-            token_grid(space, encoder.step), encoder.patch, encoder.step, channel_groups(encoder.groups, channels), len(channels)
-        )
 
 
 def fit_basis(task: Pretraining, model: MaskedAutoencoder, rows: NDArray[np.int64], most: int = 20_000) -> None:
