@@ -124,6 +124,11 @@ class Normaliser:
     seed: int
     augment: AugmentSettings | None
 
+    @property
+    def plain(self) -> Normaliser:
+        """The same with nothing drawn, as evaluation needs it."""
+        return replace(self, augment=None)
+
     def __call__(self, raw: RawBatch, device: torch.device) -> Batch:
         """A batch on `device`; tiles travel there in their stored dtype."""
         zoom = self.zoom(raw)

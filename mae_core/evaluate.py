@@ -147,7 +147,7 @@ class Pretraining:
             return
         sums = torch.zeros(5, model.decoder.shape[0], dtype=torch.float64)
         panels: list[Panel] = []
-        plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, self.seed, None)
+        plain = self.normaliser.plain
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
             plan = self._plan(model, batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
@@ -179,7 +179,7 @@ def fit_basis(task: Pretraining, model: MaskedAutoencoder, rows: NDArray[np.int6
     """
     if not isinstance(task.model.target, PcaTarget):
         return
-    plain = Normaliser(task.normaliser.crop, task.normaliser.mean, task.normaliser.std, task.normaliser.no_value, task.seed, None)
+    plain = task.normaliser.plain
     patches, counted = [], []
     for raw in fixed_batches(task.store, rows, task.batch_size, Parallel(0, 1, task.parallel.device)):
         batch = plain(raw, torch.device("cpu"))

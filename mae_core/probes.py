@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -284,7 +284,7 @@ def collect(
     wanted = {int(task.store.index.tile[row]): int(number) for row, number in zip(rows, quota, strict=True)}
     numbers = np.unique(task.store.index.group, return_inverse=True)[1]
     group_of = {int(tile): int(number) for tile, number in zip(task.store.index.tile, numbers, strict=True)}
-    plain, device = replace(task.normaliser, augment=None), task.parallel.device
+    plain, device = task.normaliser.plain, task.parallel.device
     cell = next(iter(encoders.values())).settings.step
     features: dict[str, list[Tensor]] = {name: [] for name in (*encoders, PIXELS)}
     found_classes, groups = [torch.zeros(0, dtype=torch.int64, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]

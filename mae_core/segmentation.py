@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ class Segmentation:
         assert isinstance(model, Segmenter)
         size = len(self.values)
         total = torch.zeros(size, size, dtype=torch.int64)
-        plain = Normaliser(self.normaliser.crop, self.normaliser.mean, self.normaliser.std, self.normaliser.no_value, 0, None)
+        plain = self.normaliser.plain
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
             guess = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context).argmax(dim=1)
@@ -195,7 +194,7 @@ def probabilities(
 def confusion_by_scene(task: Segmentation, model: Segmenter, overlap: float) -> dict[str, Int[Tensor, "class class"]]:
     """Confusion of every held-out scene (or part of one): whole tiles predicted from blended crops, each voxel counted once."""
     store, size = task.store, len(task.values)
-    whole = dataclasses.replace(task.normaliser, crop=store.space, augment=None)
+    whole = replace(task.normaliser.plain, crop=store.space)
     totals: dict[str, Tensor] = {}
     for row in task.held_out:
         batch = whole(read_rows(store, np.asarray([row]), _unnamed()), task.parallel.device)
