@@ -26,6 +26,7 @@ from mae_core.masking import (
     counter_bits,
     counter_share,
 )
+from mae_core.nd import per_channel
 from mae_core.settings import Settings
 
 _SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -138,7 +139,7 @@ class Normaliser:
         stored = raw.pixels.to(device, non_blocking=True)
         flags = raw.quality.to(device, non_blocking=True)[:, None]
         quality = pick_voxels(flags, near)[:, 0]
-        keep = ((quality & self.no_value) == 0)[:, None] & present.reshape(*present.shape, *(1,) * len(self.crop))
+        keep = per_channel((quality & self.no_value) == 0, present)
         if zoom is None:
             pixels = normalise(pick_voxels(stored, near), raw.scale, raw.offset, self.mean, self.std)
         else:

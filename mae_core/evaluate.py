@@ -17,7 +17,7 @@ from mae_core.errors import channel_weights, elementwise_error
 from mae_core.loader import fixed_batches
 from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings, hidden_counted, tokens_valid
 from mae_core.masking import AnyHiding, HidingPlan, at_progress, hide
-from mae_core.nd import TokenLayout
+from mae_core.nd import TokenLayout, per_channel
 from mae_core.parallel import Parallel, unwrap
 from mae_core.perceptual import PerceptualTerm
 from mae_core.store import TileStore
@@ -72,11 +72,10 @@ class PerceptualLoss:
         assert guess is not None
         layout = model.encoder.layout(pixels.shape[2:])
         filled, reached = layout.join(guess, plan.hidden, plan.hidden_used)
-        there = batch.present.reshape(*batch.present.shape, *(1,) * len(layout.grid))
-        filled = torch.where(reached & there, filled, pixels)
+        known = per_channel(batch.counted, batch.present)
+        filled = torch.where(reached & known, filled, pixels)
         hidden = reached.any(dim=1) & batch.counted
         gain, shift = (torch.tensor(part, device=pixels.device).reshape(-1, *(1,) * len(layout.grid)) for part in (self.gain, self.shift))
-        known = batch.counted[:, None] & there
         true, made = (torch.where(known, image * gain + shift, 0.0) for image in (pixels, filled))
         sums, count = self.term(true, made, hidden, None, self.channels)
         mean: Tensor = sums / count.clamp(min=1)
@@ -184,9 +183,8 @@ def fit_basis(task: Pretraining, model: MaskedAutoencoder, rows: NDArray[np.int6
     for raw in fixed_batches(task.store, rows, task.batch_size, Parallel(0, 1, task.parallel.device)):
         batch = plain(raw, torch.device("cpu"))
         layout = model.encoder.layout(batch.pixels.shape[2:])
-        voxels = batch.counted[:, None] & batch.present.reshape(*batch.present.shape, *(1,) * len(layout.grid))
         patches.append(layout.split(batch.pixels).flatten(0, 1))
-        counted.append(layout.split(voxels).flatten(0, 1))
+        counted.append(layout.split(per_channel(batch.counted, batch.present)).flatten(0, 1))
         if sum(map(len, patches)) >= most:
             break
     model.set_basis(fit_pca(torch.cat(patches)[:most], torch.cat(counted)[:most], task.model.target.num_components))

@@ -18,7 +18,7 @@ from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.errors import ErrorSettings, elementwise_error
 from mae_core.hog import oriented_gradients
 from mae_core.masking import HidingPlan
-from mae_core.nd import TokenLayout, token_valid
+from mae_core.nd import TokenLayout, per_channel, token_valid
 from mae_core.settings import Settings, default_kind
 from mae_core.targets import (
     HogTarget,
@@ -123,7 +123,7 @@ class MaskedAutoencoder(nn.Module):
 
     def target(self, layout: TokenLayout, pixels: Tensor, counted: Tensor, present: Tensor, ids: Tensor, used: Tensor) -> Target:
         """The target of any tokens, hidden or not; slots that are not used count nothing."""
-        voxels = counted[:, None] & present.reshape(*present.shape, *(1,) * len(layout.grid))
+        voxels = per_channel(counted, present)
         if isinstance(self.settings.target, HogTarget):
             patches, known = oriented_gradients(pixels, voxels, layout.patch, self.settings.target)
         else:
@@ -166,11 +166,11 @@ def hidden_counted(
     layout: TokenLayout, counted: Bool[Tensor, "batch *space"], present: Bool[Tensor, "batch channel"], plan: HidingPlan
 ) -> Bool[Tensor, "batch hidden channel voxel"]:
     """Elements of the hidden tokens that can be judged: valid, of a channel that is there, and in no token that was shown."""
-    voxels = counted[:, None] & present.reshape(*present.shape, *(1,) * len(layout.grid))
+    if not layout.overlaps and len(layout.groups) == 1:  # the same as below without an array of all channels
+        return layout.pick(layout.split(counted[:, None]), plan.hidden) & present[:, None, :, None] & plan.hidden_used[:, :, None, None]
+    voxels = per_channel(counted, present)
     if layout.overlaps:
         voxels = voxels & ~layout.seen(plan.visible, plan.visible_used)
-    elif len(layout.groups) == 1:
-        return layout.pick(layout.split(counted[:, None]), plan.hidden) & present[:, None, :, None] & plan.hidden_used[:, :, None, None]
     return layout.pick(layout.split(voxels), plan.hidden) & plan.hidden_used[:, :, None, None]
 
 

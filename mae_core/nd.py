@@ -209,6 +209,11 @@ def take(tokens: Tensor, ids: Int[Tensor, "batch count"]) -> Tensor:
     return torch.gather(tokens, 1, index)
 
 
+def per_channel(voxels: Bool[Tensor, "batch *space"], present: Bool[Tensor, "batch channel"]) -> Bool[Tensor, "batch channel *space"]:
+    """The voxels that are True, in those channels that a sample has."""
+    return voxels[:, None] & present.reshape(*present.shape, *(1,) * (voxels.ndim - 1))
+
+
 def token_valid(counted: Bool[Tensor, "batch *space"], patch: Sequence[int], min_fraction: float) -> Bool[Tensor, "batch length"]:
     """Which patches are tokens: at least `min_fraction` of their voxels count, and never none of them."""
     share = patchify(counted.unsqueeze(1).float(), patch).mean(dim=(2, 3))
