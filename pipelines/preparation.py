@@ -21,7 +21,7 @@ from modalities.scene import LabelMap, Scene
 from pipelines.preparation_folder import cannot_write, claimed, finished_manifest
 from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, finish_store, report_of
-from pipelines.preparation_workers import run_tasks
+from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
 from pipelines.shard_task import Record, ShardTask, finished_record, run_task
 from pipelines.tiling_plan import PreparationError, SplitSettings
 
@@ -47,6 +47,7 @@ class PrepareSettings(Settings):
         description="Address of a running dask scheduler instead of workers of our own. Its workers must see the same folders. "
         "tcp:// is neither encrypted nor authenticated and runs what it is sent: use tls:// or a network of your own",
     )
+    cluster: ClusterSettings = Field(LocalCluster(), description="Where workers of our own run")
 
     @field_validator("tile")
     @classmethod
@@ -107,26 +108,26 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     """Records of all shards by rising number; those that an earlier run finished are kept."""
     records: dict[int, Record] = {}
     todo: list[ShardTask] = []
+    total = 0
     for task in plan.tasks(out, settings.min_valid_fraction):
-        record = finished_record(out, task.shard, plan.digest)
-        if record is None:
-            todo.append(task)
-        else:
-            records[task.shard] = record
+        total += len(task.shards)
+        found = {shard: record for shard in task.shards if (record := finished_record(out, shard, plan.digest))}
+        records |= found
+        if len(found) < len(task.shards):
+            todo.append(task.only(set(task.shards) - found.keys()))
     _check_disk(out, plan, todo)
-    total = plan.layout.num_shards
     progress(len(records), total)
-    alone = settings.scheduler is None and (settings.num_workers == 0 or len(todo) == 1)
-    run = (_write_shard(task) for task in todo) if alone else run_tasks(_write_shard, todo, settings, _described)
+    alone = works_here(settings, len(todo))
+    run = (_write_shards_of(task) for task in todo) if alone else run_tasks(_write_shards_of, todo, settings, out / "progress", _described)
     with contextlib.closing(run):
-        for record in run:
-            records[record["shard"]] = record
+        for done in run:
+            records |= {record["shard"]: record for record in done}
             progress(len(records), total)
-    return [records[shard] for shard in range(total)]
+    return [records[shard] for shard in sorted(records)]
 
 
-def _write_shard(task: ShardTask) -> Record:
-    """The record of a shard; where the folder cannot be written, the error says so in whatever process it was."""
+def _write_shards_of(task: ShardTask) -> list[Record]:
+    """The records of a task; where the folder cannot be written, the error says so in whatever process it was."""
     try:
         return run_task(task)
     except OSError as error:
@@ -134,7 +135,9 @@ def _write_shard(task: ShardTask) -> Record:
 
 
 def _described(task: ShardTask) -> str:
-    return f"shard {task.shard} of {task.store} (scenes {', '.join(scene.name for scene in task.scenes.values())})"
+    shards = task.shards
+    named = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
+    return f"{named} of {task.store} (scenes {', '.join(scene.name for scene in task.scenes.values())})"
 
 
 def _check_disk(out: Path, plan: PreparationPlan, todo: Iterable[ShardTask]) -> None:

@@ -1,4 +1,4 @@
-"""Tasks done by dask workers: processes on this machine, or a scheduler that was named."""
+"""Tasks done by dask workers: processes on this machine, jobs of a Slurm cluster, or a scheduler that was named."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import contextlib
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
+from pydantic import Field
+
+from mae_core.settings import Settings, default_kind
+from pipelines import slurm_jobs
+from pipelines.slurm_jobs import SlurmCluster
 from pipelines.tiling_plan import PreparationError
 
 Task = TypeVar("Task")
@@ -20,6 +27,18 @@ GDAL_LIMITS = {"GDAL_NUM_THREADS": "1", "GDAL_CACHEMAX": "256"}
 
 CONNECT_TIMEOUT_S = 30
 """How long a dask scheduler has to answer."""
+
+LOOK_AGAIN_S = 2.0
+"""How often workers are counted while no task is finished."""
+
+
+class LocalCluster(Settings):
+    """Worker processes on this machine: `prepare.num_workers` of them."""
+
+    kind: Literal["local"] = "local"
+
+
+ClusterSettings = Annotated[LocalCluster | SlurmCluster, Field(discriminator="kind"), default_kind("local")]
 
 
 class WorkerSettings(Protocol):
@@ -32,7 +51,7 @@ class WorkerSettings(Protocol):
 
     @property
     def memory_limit(self) -> str:
-        """Memory of a worker."""
+        """Memory of a worker on this machine."""
         ...
 
     @property
@@ -40,9 +59,53 @@ class WorkerSettings(Protocol):
         """Address of a running scheduler, instead of workers of our own."""
         ...
 
+    @property
+    def cluster(self) -> LocalCluster | SlurmCluster:
+        """Where workers of our own run."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """A client of a scheduler and what keeps its workers in number.
+
+    Attributes:
+        client: Of dask.
+        memory: How much a worker has, and what to do where that is too little.
+        restock: Called now and then with the number of tasks that are not done.
+    """
+
+    client: Any
+    memory: str
+    restock: Callable[[int], None]
+
+    @property
+    def num_threads(self) -> int:
+        """Tasks that can be done at a time; at least one, so that there is something to do for the first worker that comes."""
+        threads: Mapping[str, int] = self.client.nthreads()
+        return max(1, sum(threads.values()))
+
+
+def works_here(settings: WorkerSettings, num_tasks: int) -> bool:
+    """True where the tasks are done in this process, without dask: one is not worth a worker of this machine."""
+    return settings.scheduler is None and isinstance(settings.cluster, LocalCluster) and (settings.num_workers == 0 or num_tasks == 1)
+
+
+def missing(settings: WorkerSettings) -> list[str]:
+    """What stands in the way of these settings on this machine, each with what to do; nothing is started."""
+    if not isinstance(settings.cluster, SlurmCluster):
+        return []
+    if settings.scheduler is not None:
+        return ["prepare.scheduler names a running scheduler and prepare.cluster.kind=slurm would start one; give one of the two"]
+    return slurm_jobs.missing()
+
 
 def run_tasks(
-    work: Callable[[Task], Result], tasks: Sequence[Task], settings: WorkerSettings, describe: Callable[[Task], str] = str
+    work: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    settings: WorkerSettings,
+    shared: Path,
+    describe: Callable[[Task], str] = str,
 ) -> Generator[Result]:
     """What `work` gives for each task, in the order in which they are finished.
 
@@ -52,71 +115,104 @@ def run_tasks(
         work: A function of a module, done by the workers; a `PreparationError` that it raises comes out here as it is.
         tasks: Sent to the workers one by one; doing one twice must do no harm.
         settings: Who works.
+        shared: A folder that all machines see, for the keys and logs of jobs.
         describe: What a task does, for the error of a worker that dies of it: "the worker that writes …".
 
     Raises:
-        PreparationError: No scheduler answers, or a task killed its worker again and again.
+        PreparationError: No scheduler answers, it goes away, jobs do not start, or a task killed its worker again and again.
     """
+    if problems := missing(settings):
+        raise PreparationError("; ".join(problems))
     if not tasks:
         return
-    from distributed import KilledWorker, as_completed
+    from distributed import CancelledError, KilledWorker
 
     # Two runs may share a scheduler, and a key that it knows already is not done again.
     run = f"terravox-{uuid.uuid4().hex}"
-    with _client(settings, len(tasks)) as client:
-        waiting = iter(enumerate(tasks))
-        running: dict[str, Task] = {}
+    with _workers(settings, len(tasks), shared) as workers:
+        try:
+            yield from _results(workers, work, {f"{run}-{number}": task for number, task in enumerate(tasks)})
+        except KilledWorker as error:
+            task = tasks[int(str(error.task).rpartition("-")[2])]
+            raise PreparationError(
+                f"the worker that writes {describe(task)} died again and again, most likely for want of memory {workers.memory}"
+            ) from error
+        except CancelledError as error:
+            raise PreparationError("the dask scheduler went away; what is finished is kept: start it and run this again") from error
 
-        def submit(in_flight: int) -> list[Any]:
-            started = []
-            for number, task in islice(waiting, max(1, sum(client.nthreads().values())) - in_flight):
-                started.append(client.submit(work, task, key=f"{run}-{number}", pure=False))
-                running[started[-1].key] = task
-            return started
 
-        futures = as_completed(submit(0), loop=client.loop)
-        for future in futures:
-            task = running.pop(future.key)
-            try:
-                yield future.result()
-            except KilledWorker as error:
-                raise PreparationError(
-                    f"the worker that writes {describe(task)} died again and again, most likely for want of memory "
-                    f"({settings.memory_limit} each): raise prepare.memory_limit, or lower prepare.num_workers or prepare.tile"
-                ) from error
-            futures.update(submit(futures.count()))
+def _results(workers: _Workers, work: Callable[[Task], Result], tasks: Mapping[str, Task]) -> Generator[Result]:
+    from distributed import wait
+
+    waiting = iter(tasks.items())
+    running: set[Any] = set()
+    num_left = len(tasks)
+    while num_left:
+        for key, task in islice(waiting, max(0, workers.num_threads - len(running))):
+            running.add(workers.client.submit(work, task, key=key, pure=False))
+        try:
+            with workers.client.as_current():
+                done = wait(list(running), timeout=LOOK_AGAIN_S, return_when="FIRST_COMPLETED").done
+        except TimeoutError:
+            done = set()
+        running -= done
+        num_left -= len(done)
+        for future in done:
+            yield future.result()
+        workers.restock(num_left)
 
 
 @contextlib.contextmanager
-def _client(settings: WorkerSettings, num_tasks: int) -> Iterator[Any]:
-    """A dask client of the scheduler that was named, or of a cluster of our own: on this machine only, encrypted, without dashboard."""
+def _workers(settings: WorkerSettings, num_tasks: int, shared: Path) -> Iterator[_Workers]:
+    """A scheduler's workers: those of the one that was named, or of one in this process, encrypted and without dashboard."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     with contextlib.ExitStack() as stack:
         if settings.scheduler is not None:
             try:
-                yield stack.enter_context(Client(settings.scheduler, timeout=CONNECT_TIMEOUT_S, set_as_default=False))
+                client = stack.enter_context(Client(settings.scheduler, timeout=CONNECT_TIMEOUT_S, set_as_default=False))
             except (OSError, TimeoutError) as error:
                 raise PreparationError(
                     f"no dask scheduler answers at {settings.scheduler} ({error}); start it or check the address"
                 ) from error
+            memory = f"(as much as the workers of {settings.scheduler} were given): give them more, or lower prepare.tile"
+            yield _Workers(client, memory, _nothing)
             return
         stack.enter_context(dask.config.set({"distributed.scheduler.http.routes": []}))
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="terravox-"))
-        cluster = stack.enter_context(
-            LocalCluster(
-                n_workers=min(settings.num_workers, num_tasks),
-                threads_per_worker=1,
-                processes=True,
-                memory_limit=settings.memory_limit,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                scheduler_kwargs={"dashboard": False},
-                security=True,
-                local_directory=scratch,
-                silence_logs=logging.CRITICAL,
-                env=GDAL_LIMITS,
-            )
-        )
-        yield stack.enter_context(Client(cluster, set_as_default=False))
+        if isinstance(settings.cluster, SlurmCluster):
+            jobs = stack.enter_context(slurm_jobs.slurm_jobs(settings.cluster, num_tasks, shared, GDAL_LIMITS))
+            each = f"({settings.cluster.memory} a job of {settings.cluster.cores} workers)"
+            yield _Workers(jobs.client, f"{each}: raise prepare.cluster.memory, or lower prepare.tile", jobs.restock)
+            return
+        cluster = stack.enter_context(_local(settings, num_tasks))
+        memory = f"({settings.memory_limit} each): raise prepare.memory_limit, or lower prepare.num_workers or prepare.tile"
+        yield _Workers(stack.enter_context(Client(cluster, set_as_default=False)), memory, _nothing)
+
+
+@contextlib.contextmanager
+def _local(settings: WorkerSettings, num_tasks: int) -> Iterator[Any]:
+    from distributed import LocalCluster as Cluster
+
+    with (
+        tempfile.TemporaryDirectory(prefix="terravox-") as scratch,
+        Cluster(
+            n_workers=min(settings.num_workers, num_tasks),
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=settings.memory_limit,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
+            security=True,
+            local_directory=scratch,
+            silence_logs=logging.CRITICAL,
+            env=GDAL_LIMITS,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+def _nothing(num_tasks: int) -> None:
+    """For workers that dask, or somebody else, keeps in number."""
+    del num_tasks
