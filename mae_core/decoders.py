@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mae_core.attention import attend, attended, check_heads
 from mae_core.masking import HidingPlan, num_predicted
 from mae_core.positions import Places, PositionSettings
 from mae_core.settings import Settings, default_kind
-from mae_core.vit import Block, init_linears
+from mae_core.vit import Block, init_linears, mlp
 
 DECODER_PRESETS: dict[str, tuple[int, int, int]] = {
     "nano": (64, 2, 2),
@@ -113,10 +113,8 @@ class Decoder(nn.Module):
         features = self.embed(features)
         shown = features[:, num_prefix:] + self.places(plan.visible, grid, size)
         missing = self.mask_token.to(features.dtype) + self.places(plan.hidden, grid, size)
-        tokens, used = torch.cat([features[:, :num_prefix], shown, missing], dim=1), None
-        if not plan.full:
-            used = F.pad(torch.cat([plan.visible_used, plan.hidden_used], dim=1), (num_prefix, 0), value=True)
-            used = used if num_prefix else used | ~used.any(dim=1, keepdim=True)
+        tokens = torch.cat([features[:, :num_prefix], shown, missing], dim=1)
+        used = None if plan.full else attended(torch.cat([plan.visible_used, plan.hidden_used], dim=1), num_prefix)
         for block in self.blocks:
             tokens = block(tokens, used)
         predicted: Tensor = self.head(self.norm(tokens[:, num_prefix + num_visible :]))
@@ -128,25 +126,19 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} cannot be divided among {heads} heads")
+        check_heads(width, heads)
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        hidden = round(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, tokens: Tensor, seen: Tensor, used: Tensor | None) -> Tensor:
         """`tokens` after looking at `seen`, of which only those that are `used`."""
-        batch, length, width = tokens.shape
-        query = self.query(self.norm1(tokens)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        key, value = self.key_value(seen).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        exclude = None if used is None else used[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=exclude)
-        tokens = tokens + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        key, value = self.key_value(seen).chunk(2, dim=2)
+        tokens = tokens + self.out(attend(self.query(self.norm1(tokens)), key, value, self.heads, used))
         out: Tensor = tokens + self.mlp(self.norm2(tokens))
         return out
 
@@ -182,10 +174,8 @@ class CrossDecoder(nn.Module):
         num_prefix = features.shape[1] - plan.visible.shape[1]
         features = self.embed(features)
         shown = features[:, num_prefix:] + self.places(plan.visible, grid, size)
-        seen, used = self.seen_norm(torch.cat([features[:, :num_prefix], shown], dim=1)), None
-        if not plan.full:
-            used = F.pad(plan.visible_used, (num_prefix, 0), value=True)
-            used = used if num_prefix else used | ~used.any(dim=1, keepdim=True)
+        seen = self.seen_norm(torch.cat([features[:, :num_prefix], shown], dim=1))
+        used = None if plan.full else attended(plan.visible_used, num_prefix)
         tokens = self.mask_token + self.places(plan.hidden, grid, size)
         for block in self.blocks:
             tokens = block(tokens, seen, used)

@@ -24,7 +24,7 @@ from mae_core.context import Context, ContextSettings
 from mae_core.nd import TokenLayout, patchify, take, token_grid, unpatchify
 from mae_core.positions import PositionSettings
 from mae_core.settings import Settings
-from mae_core.vit import ChannelEmbedding, init_linears
+from mae_core.vit import ChannelEmbedding, init_linears, mlp
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Torch's convolution for one, two and three axes."""
@@ -152,10 +152,9 @@ class SparseConvBlock(nn.Module):
 
     def __init__(self, axes: int, width: int, kernel: int, mlp_ratio: float) -> None:
         super().__init__()
-        inner = round(width * mlp_ratio)
         self.conv = CONVOLUTIONS[axes - 1](width, width, kernel, padding=kernel // 2, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, tokens: Tensor, place: Placement, places: Sequence[int]) -> Tensor:
         """Tokens of the same shape, `(batch, slot, place, width)`, with `places` per axis in each."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mae_core.attention import attend, attended, check_heads
 from mae_core.context import Context, ContextEmbedding, ContextSettings
 from mae_core.nd import TokenLayout, token_grid, token_valid
 from mae_core.positions import Places, PositionSettings
@@ -76,23 +77,19 @@ class EncoderSettings(Settings):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through torch's fused kernel."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} cannot be divided among {heads} heads")
+        check_heads(width, heads)
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Float[Tensor, "batch length width"], used: Bool[Tensor, "batch length"] | None) -> Tensor:
         """Tokens after attention; tokens that are not `used` are seen by no other."""
-        batch, length, width = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        exclude = None if used is None else used[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=exclude)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        query, key, value = self.qkv(tokens).chunk(3, dim=2)
+        out: Tensor = self.out(attend(query, key, value, self.heads, used))
         return out
 
 
@@ -101,12 +98,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
-        hidden = round(width * mlp_ratio)
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = mlp(width, mlp_ratio)
 
     def forward(self, tokens: Tensor, used: Tensor | None) -> Tensor:
         """Tokens of the same shape."""
@@ -225,17 +221,16 @@ class Encoder(nn.Module):
         if self.context is not None and context is not None:
             tokens = tokens + self.context(context)[:, None]
         if self.settings.num_registers:
-            tokens, used = prepend(self.register_token, tokens, used)
+            tokens = prepend(self.register_token, tokens)
         if self.settings.class_token:
-            tokens, used = prepend(self.class_token, tokens, used)
-        if used is not None and not self.num_prefix:
-            used = used | ~used.any(dim=1, keepdim=True)  # attention over nothing is not a number
+            tokens = prepend(self.class_token, tokens)
+        seen = None if used is None else attended(used, self.num_prefix)
         outputs = []
         for block in self.blocks:
             if self.settings.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, used, use_reentrant=False)
+                tokens = checkpoint(block, tokens, seen, use_reentrant=False)
             else:
-                tokens = block(tokens, used)
+                tokens = block(tokens, seen)
             outputs.append(tokens)
         return outputs
 
@@ -313,10 +308,15 @@ def pooled(
     return torch.where(kept[..., None], tokens, 0.0).sum(dim=1) / kept.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def prepend(token: Tensor, tokens: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`tokens` behind some more that are always used."""
-    tokens = torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-    return tokens, None if used is None else F.pad(used, (token.shape[1], 0), value=True)
+def prepend(token: Tensor, tokens: Tensor) -> Tensor:
+    """`tokens` behind some more that all samples share."""
+    return torch.cat([token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+def mlp(width: int, ratio: float) -> nn.Sequential:
+    """Two linear layers with GELU between them; the hidden one is `ratio` times as wide."""
+    hidden = round(width * ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def init_linears(module: nn.Module) -> None:
