@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mae_core.context import Context
 from mae_core.encoders import AnyEncoder
+from mae_core.nd import downsampling_factors
 from mae_core.settings import Settings
 from mae_core.vit import all_tokens
 
@@ -68,7 +68,7 @@ class UnetrHead(nn.Module):
         super().__init__()
         axes = len(patch)
         norm = ("group", {"num_groups": 4})
-        self.factors = upsampling_factors(patch)
+        self.factors = downsampling_factors(patch)[::-1]
         stages = len(self.factors)
         sizes = [features * 2 ** (stages - 1 - stage) for stage in range(stages)]
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(stages))
@@ -113,23 +113,3 @@ class UnetrHead(nn.Module):
             out = up(out, self.image(pixels) if last else self.skips[stage](maps[len(maps) - 2 - stage]))
         scores: Tensor = self.out(out)
         return scores
-
-
-def upsampling_factors(patch: Sequence[int]) -> list[tuple[int, ...]]:
-    """Factors per stage and axis, coarsest stage first, whose product over the stages is the patch.
-
-    `(8, 8)` gives three stages of two; `(4, 8, 8)` rests on its first axis in the first of three.
-    """
-    primes = [_primes(size) for size in patch]
-    stages = max(1, *(len(part) for part in primes))
-    padded = [[1] * (stages - len(part)) + part for part in primes]
-    return [tuple(axis[stage] for axis in padded) for stage in range(stages)]
-
-
-def _primes(number: int) -> list[int]:
-    found = []
-    for prime in range(2, math.isqrt(number) + 1):
-        while number % prime == 0:
-            found.append(prime)
-            number //= prime
-    return sorted([*found, number] if number > 1 else found)

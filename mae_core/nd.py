@@ -38,6 +38,23 @@ def per_axis(sizes: Sequence[int], axes: int, key: str) -> tuple[int, ...]:
     return tuple(sizes) * axes if len(sizes) == 1 else tuple(sizes)
 
 
+def downsampling_factors(patch: Sequence[int]) -> list[tuple[int, ...]]:
+    """Factors per stage and axis, finest stage first, whose product over the stages is the patch.
+
+    `(8, 8)` gives three stages of two; `(4, 8, 8)` rests on its first axis in the last of three. Larger factors come first.
+    """
+    primes = [_primes(size) for size in patch]
+    stages = max(1, *(len(part) for part in primes))
+    padded = [part + [1] * (stages - len(part)) for part in primes]
+    return [tuple(axis[stage] for axis in padded) for stage in range(stages)]
+
+
+def _primes(number: int) -> list[int]:
+    """Prime factors, largest first."""
+    prime = next((divisor for divisor in range(2, math.isqrt(number) + 1) if number % divisor == 0), number)
+    return [] if number == 1 else sorted([prime, *_primes(number // prime)], reverse=True)
+
+
 def patchify(array: Tensor, patch: Sequence[int]) -> Tensor:
     """Tokens `(batch, token, channel, voxel)` of `(batch, channel, *space)`.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_core.context import Context, ContextSettings
-from mae_core.nd import TokenLayout, patchify, take, token_grid, unpatchify
+from mae_core.nd import TokenLayout, downsampling_factors, patchify, take, token_grid, unpatchify
 from mae_core.positions import PositionSettings
 from mae_core.settings import Settings
 from mae_core.vit import ChannelEmbedding, init_linears, mlp
@@ -315,23 +315,6 @@ def placement(ids: Int[Tensor, "batch token"], grid: Sequence[int], used: Bool[T
     empty = torch.full((batch, length + 1), slots, dtype=ids.dtype, device=ids.device)
     slot_at = empty.scatter(1, index, torch.arange(slots, dtype=ids.dtype, device=ids.device).expand(batch, -1))
     return Placement(tuple(grid), ids, slot_at[:, :length])
-
-
-def downsampling_factors(patch: Sequence[int]) -> list[tuple[int, ...]]:
-    """Factors per stage and axis, finest stage first, whose product over the stages is the patch.
-
-    `(8, 8)` gives three stages of two; `(4, 8, 8)` rests on its first axis in the last of three. Larger factors come first.
-    """
-    primes = [_primes(size) for size in patch]
-    stages = max(1, *(len(part) for part in primes))
-    padded = [part + [1] * (stages - len(part)) for part in primes]
-    return [tuple(axis[stage] for axis in padded) for stage in range(stages)]
-
-
-def _primes(number: int) -> list[int]:
-    """Prime factors, largest first."""
-    prime = next((divisor for divisor in range(2, math.isqrt(number) + 1) if number % divisor == 0), number)
-    return [] if number == 1 else sorted([prime, *_primes(number // prime)], reverse=True)
 
 
 def _select(values: Tensor, used: Tensor | None) -> Tensor:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from mae_core.heads import HeadSettings, Segmenter, UnetrHead, upsampling_factors
+from mae_core.heads import HeadSettings, Segmenter, UnetrHead
 from mae_core.nd import patchify
 from mae_core.vit import Encoder, EncoderSettings
 from tests.contracts import SegmenterContract
@@ -56,29 +52,9 @@ def test_scores_have_the_size_of_the_crop(patch: tuple[int, ...]) -> None:
     assert list(model.taps) == sorted(model.taps)
 
 
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=3))
-def test_the_product_of_the_factors_is_the_patch(patch: list[int]) -> None:
-    factors = upsampling_factors(patch)
-    for axis, size in enumerate(patch):
-        climb = [stage[axis] for stage in factors]
-        assert math.prod(climb) == size
-        assert all(factor == 1 or all(factor % part for part in range(2, factor)) for factor in climb), "prime steps"
-        assert climb == sorted(climb), "an axis that is done early rests first"
-    assert all(any(factor > 1 for factor in stage) for stage in factors) or set(patch) == {1}, "no stage does nothing"
-
-
-@pytest.mark.parametrize(
-    ("patch", "factors"),
-    [
-        ((8, 8), [(2, 2)] * 3),
-        ((4, 8, 8), [(1, 2, 2), (2, 2, 2), (2, 2, 2)]),
-        ((12, 12), [(2, 2), (2, 2), (3, 3)]),
-        ((5, 5), [(5, 5)]),
-        ((1,), [(1,)]),
-    ],
-)
-def test_factors_of_usual_patches(patch: tuple[int, ...], factors: list[tuple[int, ...]]) -> None:
-    assert upsampling_factors(patch) == factors
+def test_the_head_climbs_from_the_coarsest_stage_and_a_short_axis_rests_first() -> None:
+    assert segmenter((4, 8, 8)).head.factors == [(1, 2, 2), (2, 2, 2), (2, 2, 2)]
+    assert segmenter((12,)).head.factors == [(2,), (2,), (3,)]
 
 
 @torch.no_grad()

@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.nd import TokenLayout, blend, margins, patchify, per_axis, take, token_grid, token_valid, unpatchify, windows
+from mae_core.nd import (
+    TokenLayout,
+    blend,
+    downsampling_factors,
+    margins,
+    patchify,
+    per_axis,
+    take,
+    token_grid,
+    token_valid,
+    unpatchify,
+    windows,
+)
 from mae_core.positions import sincos_positions
 from tests.synthetic_batches import generator, grids, places
 
@@ -206,3 +218,28 @@ def test_what_is_seen_is_what_shown_tokens_reach(stride: tuple[int, ...]) -> Non
                 there, _ = one.join(torch.ones(1, 1, 3, 16), ids[sample : sample + 1, slot : slot + 1], torch.ones(1, 1, dtype=torch.bool))
                 marked[sample] |= there[0] > 0
     assert torch.equal(one.seen(ids, used), marked)
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=3))
+def test_the_product_of_the_factors_is_the_patch(patch: list[int]) -> None:
+    factors = downsampling_factors(patch)
+    for axis, size in enumerate(patch):
+        climb = [stage[axis] for stage in factors]
+        assert math.prod(climb) == size
+        assert all(factor == 1 or all(factor % part for part in range(2, factor)) for factor in climb), "prime steps"
+        assert climb == sorted(climb, reverse=True), "an axis that is done early rests last"
+    assert all(any(factor > 1 for factor in stage) for stage in factors) or set(patch) == {1}, "no stage does nothing"
+
+
+@pytest.mark.parametrize(
+    ("patch", "factors"),
+    [
+        ((8, 8), [(2, 2)] * 3),
+        ((4, 8, 8), [(2, 2, 2), (2, 2, 2), (1, 2, 2)]),
+        ((12, 12), [(3, 3), (2, 2), (2, 2)]),
+        ((5, 5), [(5, 5)]),
+        ((1,), [(1,)]),
+    ],
+)
+def test_factors_of_usual_patches(patch: tuple[int, ...], factors: list[tuple[int, ...]]) -> None:
+    assert downsampling_factors(patch) == factors

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mae_core.heads import upsampling_factors
 from mae_core.nd import patchify, take, unpatchify
 from mae_core.sparse_conv import (
     SPARSE_CONV_PRESETS,
@@ -23,7 +22,6 @@ from mae_core.sparse_conv import (
     SparseConvBlock,
     SparseConvEncoder,
     SparseConvSettings,
-    downsampling_factors,
     placement,
 )
 from tests.contracts import EncoderContract
@@ -286,20 +284,6 @@ def test_the_graph_is_whole_and_the_same_for_all_data() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@given(st.lists(st.integers(1, 64), min_size=1, max_size=3))
-def test_stages_are_those_of_the_segmentation_head_reversed(patch: list[int]) -> None:
-    factors = downsampling_factors(patch)
-    assert factors == upsampling_factors(patch)[::-1]
-    assert [math.prod(axis) for axis in zip(*factors, strict=True)] == patch
-    assert all(size % part for stage in factors for size in stage for part in range(2, size))
-
-
-def test_stages_of_some_patches() -> None:
-    assert downsampling_factors((4, 8, 8)) == [(2, 2, 2), (2, 2, 2), (1, 2, 2)]
-    assert downsampling_factors((12,)) == [(3,), (2,), (2,)]
-    assert downsampling_factors((1, 1)) == [(1, 1)]
 
 
 def test_widths_double_up_to_that_of_the_token() -> None:
