@@ -140,6 +140,11 @@ class VolumeScene:
     foreground_fraction: float
 
     @property
+    def block(self) -> tuple[int, ...]:
+        """The whole volume: a gzip stream has no middle to begin in, and the plain file is read in the same way."""
+        return self.grid.space
+
+    @property
     def label_suffix(self) -> str:
         """Ending of a written label file."""
         return ".nii.gz"

@@ -105,6 +105,13 @@ class RasterScene:
         return np.dtype(np.float32) if common == np.float64 else common
 
     @property
+    def block(self) -> tuple[int, ...]:
+        """The largest block of the bands' files, brought to the scene's grid; a strip is as wide as its file."""
+        steps = [np.divide(band.grid.spacing, self.grid.spacing) for band in self.bands]
+        sizes = np.max([np.rint(band.block * step) for band, step in zip(self.bands, steps, strict=True)], axis=0)
+        return tuple(int(min(max(size, 1), whole)) for size, whole in zip(sizes, self.grid.space, strict=True))
+
+    @property
     def reference(self) -> BandFile:
         """The first band that lies on the scene's own grid."""
         return next(band for band in self.bands if band.grid == self.grid)
@@ -152,7 +159,7 @@ class RasterScene:
             raise SceneError(f"{path} covers no part of {self.name}: labels {_describe(grid)}, image {_describe(self.grid)}")
         if header.count != 1 or np.dtype(header.dtypes[0]).kind not in "iuf":
             raise SceneError(f"{path} has {header.count} bands of {header.dtypes[0]}; labels are one band of whole numbers")
-        band = BandFile(path, header.indexes[0], Channel("labels"), grid, header.dtypes[0], header.nodata[0])
+        band = BandFile(path, header.indexes[0], Channel("labels"), grid, header.dtypes[0], header.nodata[0], block=header.block)
         return RasterLabels(band, self.grid, (int(first[0]), int(first[1])))
 
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
@@ -246,7 +253,7 @@ def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
         scale, offset = radiometry(file, i, settings.radiometry)
         channel = Channel(name, None, file.resolution_m, scale, offset)
         nodata = file.nodata[i] if settings.nodata is None else settings.nodata
-        bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata))
+        bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata, block=file.block))
     name = Path(file.relative).with_suffix("").as_posix()
     return RasterScene(name, name, file.grid, tuple(bands))
 

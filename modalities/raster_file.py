@@ -74,6 +74,7 @@ class RasterFile:
         dtypes: Of the stored values.
         nodata: The value declared for nothing.
         scales, offsets: The file's own tags; 1 and 0 where there are none.
+        block: Rows and columns of the largest block of any band; a strip is as wide as the file.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class RasterFile:
     nodata: tuple[Nodata, ...]
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
+    block: tuple[int, int]
 
     @property
     def count(self) -> int:
@@ -106,6 +108,7 @@ class BandFile:
         nodata: Stored value that means "nothing here"; None for none.
         saturated: Stored value that means "too bright to tell"; None for none.
         validity_index: Band of the same file that is 0 where there is no data; None for none.
+        block: Rows and columns that the file unpacks at least.
     """
 
     path: Path
@@ -116,6 +119,7 @@ class BandFile:
     nodata: Nodata = None
     saturated: float | None = None
     validity_index: int | None = None
+    block: tuple[int, int] = (1, 1)
 
 
 def inspect(path: Path, relative: str, *, colour_table: bool = False) -> RasterFile:
@@ -258,6 +262,7 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
         tuple(_nodata(value) for value in of_data(source.nodatavals)),
         tuple(float(scale) for scale in of_data(source.scales)),
         tuple(float(offset) for offset in of_data(source.offsets)),
+        (max(rows for rows, _ in source.block_shapes), max(columns for _, columns in source.block_shapes)),
     )
 
 

@@ -84,6 +84,14 @@ class Scene(Protocol):
         ...
 
     @property
+    def block(self) -> tuple[int, ...]:
+        """The least that the source unpacks for any voxel, per spatial axis, in voxels of `grid` and never beyond it.
+
+        Blocks lie side by side from the first voxel; windows whose edges are edges of blocks unpack none twice.
+        """
+        ...
+
+    @property
     def channels(self) -> tuple[Channel, ...]:
         """In the order of the first axis that `read` gives."""
         ...

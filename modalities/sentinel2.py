@@ -226,7 +226,8 @@ class _Scan:
         channel = Channel(name, BANDS[name].wavelength_nm, BANDS[name].resolution_m, scale, offset)
         nodata, dtype = file.nodata[position], file.dtypes[position]
         band = BandFile(file.path, file.indexes[position], channel, file.grid, dtype, NODATA if nodata is None else nodata)
-        return replace(band, saturated=SATURATED if dtype == "uint16" else None, validity_index=validity_index)
+        saturated = SATURATED if dtype == "uint16" else None
+        return replace(band, saturated=saturated, validity_index=validity_index, block=file.block)
 
     def _too_few(self, bands: list[BandFile]) -> str:
         names = ", ".join(band.channel.name for band in bands)

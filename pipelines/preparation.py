@@ -1,7 +1,8 @@
 """Scenes become a tile store, in parallel with dask; interrupted and started again it finishes the rest.
 
-One task owns one shard of every array, so nothing is written by two, and the plan fixes which tiles a shard holds; so the store is
-the same whatever the number of workers, the order in which they finish and the number of times the run was killed.
+One task owns whole shards of every array, so nothing is written by two, and the plan fixes which tiles a shard holds; so the store
+is the same whatever the number of workers, the order in which they finish and the number of times the run was killed. A task reads
+the region of a scene that its shards are made of once.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class PrepareSettings(Settings):
     tile: tuple[int, ...] = Field(
         (), max_length=3, description="Size of a tile per spatial axis, in voxels; empty: 128 for images, 64 for volumes, by the verb"
     )
-    tiles_per_shard: int = Field(32, ge=1, description="Tiles in one file; one task writes one file")
+    tiles_per_shard: int = Field(32, ge=1, description="Tiles in one file at most")
     min_valid_fraction: float = Field(0.25, ge=0, le=1, description="Tiles with a smaller share of counted voxels are thrown away")
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
     split: SplitSettings = SplitSettings()
     num_workers: int = Field(
-        2, ge=0, description="Worker processes on this machine; 0, or a single shard, is worked in this process without dask"
+        2, ge=0, description="Worker processes on this machine; 0, or a single task, is worked in this process without dask"
     )
     memory_limit: str = Field("2GiB", description="Memory of a worker; above it dask pauses and then restarts the worker")
     scheduler: str | None = Field(
@@ -85,7 +86,7 @@ def prepare(
         settings: How.
         labels: Label maps by scene name; a scene that has one keeps only tiles with a label.
         attributes: Kept in the store's metadata; `kind` says the modality, `axes` names the spatial axes.
-        progress: Called with shards done and shards in all, first when the work starts.
+        progress: Called with tiles done and tiles in all, first when the work starts.
 
     Raises:
         PreparationError: The folder is taken, the disk too small, too many scenes fail, nothing is left, or a worker dies.
@@ -108,21 +109,19 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     """Records of all shards by rising number; those that an earlier run finished are kept."""
     records: dict[int, Record] = {}
     todo: list[ShardTask] = []
-    total = 0
     for task in plan.tasks(out, settings.min_valid_fraction):
-        total += len(task.shards)
         found = {shard: record for shard in task.shards if (record := finished_record(out, shard, plan.digest))}
         records |= found
         if len(found) < len(task.shards):
             todo.append(task.only(set(task.shards) - found.keys()))
     _check_disk(out, plan, todo)
-    progress(len(records), total)
+    progress(_num_tiles(records.values()), len(plan.tiles))
     alone = works_here(settings, len(todo))
     run = (_write_shards_of(task) for task in todo) if alone else run_tasks(_write_shards_of, todo, settings, out / "progress", _described)
     with contextlib.closing(run):
         for done in run:
             records |= {record["shard"]: record for record in done}
-            progress(len(records), total)
+            progress(_num_tiles(records.values()), len(plan.tiles))
     return [records[shard] for shard in sorted(records)]
 
 
@@ -132,6 +131,11 @@ def _write_shards_of(task: ShardTask) -> list[Record]:
         return run_task(task)
     except OSError as error:
         raise cannot_write(task.store, error) from error
+
+
+def _num_tiles(records: Iterable[Record]) -> int:
+    """Candidate tiles that shards are done with, whatever became of them."""
+    return sum(len(record["rows"]) + len(record["failed"]) + sum(record["discarded"].values()) for record in records)
 
 
 def _described(task: ShardTask) -> str:

@@ -17,7 +17,15 @@ from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.shard_task import ShardTask, shard_tasks
-from pipelines.tiling_plan import PlannedTile, PreparationError, SplitSettings, held_out_groups, plan_tiles, split_group
+from pipelines.tiling_plan import (
+    PlannedTile,
+    PreparationError,
+    SplitSettings,
+    held_out_groups,
+    plan_tiles,
+    scene_regions,
+    split_group,
+)
 
 READ_VOXELS = 1 << 25
 """Label maps up to this size are read at once for their digest."""
@@ -50,7 +58,7 @@ class PreparationPlan:
         scenes: By name.
         channels: Union over the scenes, in the order of the channel axis.
         labels: Label maps by position of their scene.
-        tiles: Candidates; the position is the id.
+        tiles: Candidates, by rising id.
         layout: Of the arrays.
         split: How tiles are held out.
         attributes: Of the store's group, given by the caller.
@@ -76,8 +84,8 @@ class PreparationPlan:
         )
 
     def tasks(self, store: Path, min_valid_fraction: float) -> Iterator[ShardTask]:
-        """One task per shard."""
-        template = ShardTask(store, self.layout, self.digest, 0, (), {}, {}, min_valid_fraction)
+        """Tasks that own whole shards; together they own each once."""
+        template = ShardTask(store, self.layout, self.digest, (), {}, {}, min_valid_fraction)
         return shard_tasks(template, self.tiles, self.scenes, self.labels)
 
 
@@ -96,11 +104,11 @@ def make_plan(
     scenes = tuple(sorted(scenes, key=lambda scene: scene.name))
     numbers = _numbers(scenes, labels)
     channels = _channels(scenes)
-    tiles = plan_tiles(scenes, tile, settings.split)
+    tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, labelled=bool(labels))
     held_out_groups(Counter(split_group(scenes[place.scene], place, settings.split) for place in tiles), settings.split)
     axes = attributes.get("axes") or (("x", "y", "z") if scenes[0].grid.frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
     layout = StoreLayout(
-        num_tiles=len(tiles),
+        num_tiles=tiles[-1].tile + 1,
         channels=tuple(channel.name for channel in channels),
         tile=tile,
         axes=tuple(axes)[: len(tile)],
@@ -118,6 +126,7 @@ def make_plan(
         "num_scenes": len(scenes),
         "names and groups": _digest([[scene.name, scene.group] for scene in scenes]),
         "grids": _digest([_grid(scene.grid) for scene in scenes]),
+        "regions": _digest([scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges for scene in scenes]),
         "channels": [asdict(channel) for channel in channels],
         "scale and offset": _digest([[asdict(channel) for channel in scene.channels] for scene in scenes]),
         "dtype": layout.dtype,

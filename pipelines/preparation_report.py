@@ -139,12 +139,13 @@ def _divide(plan: PreparationPlan, rows: list[dict[str, Any]], discarded: Mappin
         raise PreparationError(
             f"none of {len(plan.tiles)} tiles is left ({reasons}); lower prepare.min_valid_fraction or look at the scenes"
         )
-    groups = [split_group(plan.scenes[plan.tiles[row["tile"]].scene], plan.tiles[row["tile"]], plan.split) for row in rows]
+    tiles = {tile.tile: tile for tile in plan.tiles}
+    groups = [split_group(plan.scenes[tiles[row["tile"]].scene], tiles[row["tile"]], plan.split) for row in rows]
     held = held_out_groups(Counter(groups), plan.split)
     rows = [{**row, "group": group, "split": "val" if group in held else "train"} for row, group in zip(rows, groups, strict=True)]
     leaks: set[int] = set()
     if plan.split.unit == "block":
-        sides = {side: [plan.tiles[row["tile"]] for row in rows if row["split"] == side] for side in ("train", "val")}
+        sides = {side: [tiles[row["tile"]] for row in rows if row["split"] == side] for side in ("train", "val")}
         leaks = overlapping(plan.scenes, sides["train"], sides["val"])
     kept = [row for row in rows if row["tile"] not in leaks]
     train = {row["group"] for row in kept if row["split"] == "train"}

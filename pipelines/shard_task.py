@@ -1,11 +1,11 @@
-"""What one dask task does: reads the tiles of one shard, judges and measures them, writes the shard and its record."""
+"""What one dask task does: reads a region of a scene once, judges and measures its tiles, writes their shards and a record of each."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -23,23 +23,23 @@ from pipelines.tiling_plan import PlannedTile, tile_grid
 
 TOO_LITTLE = "too little valid data"
 NO_LABEL = "no label"
-READ_BYTES = 256 << 20
-"""Tiles of a scene that lie in one box of pixels up to this size are read at once: a compressed volume is then opened once."""
 
-Reader = Callable[[Window], tuple[NDArray[np.generic], NDArray[np.uint8]]]
+Planes = tuple[NDArray[np.generic], NDArray[np.uint8], NDArray[np.int64] | None]
+"""Pixels, quality and, where the scene has them, class numbers of a window."""
+
+Reader = Callable[[Window], Planes]
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that is needed to write one shard, on any machine that sees the files and the store's folder.
+    """All that is needed to write whole shards, on any machine that sees the files and the store's folder.
 
     Attributes:
         store: Folder of the store.
         layout: Of the arrays.
         plan: Digest of the plan, kept in the record.
-        shard: Which shard.
-        tiles: Candidate tiles of the shard, by rising id.
+        tiles: Candidate tiles of the shards, by rising id: of one region, or of all small ones that are packed into one shard.
         scenes, labels: Those that the tiles are of, by position in the plan; a scene may have no labels.
         min_valid_fraction: A tile with a smaller share of counted voxels is thrown away.
     """
@@ -47,50 +47,64 @@ class ShardTask:
     store: Path
     layout: StoreLayout
     plan: str
-    shard: int
     tiles: tuple[PlannedTile, ...]
     scenes: Mapping[int, Scene]
     labels: Mapping[int, LabelMap]
     min_valid_fraction: float
 
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """The shards that the task writes, rising."""
+        return tuple(sorted({tile.tile // self.layout.tiles_per_shard for tile in self.tiles}))
 
-class _Refused(Exception):  # noqa: N818 - not an error: a tile that is thrown away on purpose
+    def only(self, shards: Collection[int]) -> ShardTask:
+        """The task without the tiles of other shards."""
+        kept = tuple(tile for tile in self.tiles if tile.tile // self.layout.tiles_per_shard in shards)
+        return replace(self, tiles=kept)
+
+
+class Refused(Exception):  # noqa: N818 - not an error: a tile that is thrown away on purpose
     """A tile holds too little; its argument is the reason that it is counted under."""
 
 
-def run_task(task: ShardTask) -> Record:
-    """Writes the shard and then its record, and gives the record.
+def run_task(task: ShardTask) -> list[Record]:
+    """Writes each shard and then its record, and gives the records.
 
-    The record has `rows` (columns of the index plus `moments` and `classes`), `discarded` (tiles by reason), `failed` (tile, scene and
+    A record has `rows` (columns of the index plus `moments` and `classes`), `discarded` (tiles by reason), `failed` (tile, scene and
     reason where a scene could not be read) and `files` (bytes and sha256).
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
     """
-    rows: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    discarded: Counter[str] = Counter()
-    with ShardWriter(task.store, task.layout, task.shard) as writer:
-        for number, group in groupby(task.tiles, key=lambda tile: tile.scene):
-            tiles = list(group)
-            read = _reader(task.scenes[number], tiles)
+    records: list[Record] = []
+    read: Reader | None = None
+    region = -1
+    for shard, tiles in groupby(task.tiles, key=lambda tile: tile.tile // task.layout.tiles_per_shard):
+        rows: list[dict[str, Any]] = []
+        failed: list[dict[str, Any]] = []
+        discarded: Counter[str] = Counter()
+        with ShardWriter(task.store, task.layout, shard) as writer:
             for tile in tiles:
+                if read is None or tile.region != region:
+                    read = None  # the box that is done with goes before the next one comes
+                    region, read = tile.region, reader_of(task, tile.region)
                 try:
-                    rows.append(_write_tile(task, tile, read, writer))
-                except _Refused as refused:
+                    rows.append(write_tile(task, tile, read, writer))
+                except Refused as refused:
                     discarded[str(refused)] += 1
                 except SceneError as error:
-                    failed.append({"tile": tile.tile, "scene": task.scenes[number].name, "reason": str(error)})
-    record: Record = {
-        "plan": task.plan,
-        "shard": task.shard,
-        "rows": rows,
-        "failed": failed,
-        "discarded": dict(discarded),
-        "files": writer.files,
-    }
-    write_file(record_path(task.store, task.shard), encode_json(record))
-    return record
+                    failed.append({"tile": tile.tile, "scene": task.scenes[tile.scene].name, "reason": str(error)})
+        record: Record = {
+            "plan": task.plan,
+            "shard": shard,
+            "rows": rows,
+            "failed": failed,
+            "discarded": dict(discarded),
+            "files": writer.files,
+        }
+        write_file(record_path(task.store, shard), encode_json(record))
+        records.append(record)
+    return records
 
 
 def record_path(store: Path, shard: int) -> Path:
@@ -119,33 +133,36 @@ def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: floa
     return values.size, mean * scale + offset, float(np.square(values - mean).sum()) * scale**2, low, high
 
 
-def _write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: ShardWriter) -> dict[str, Any]:
-    """Writes a tile and gives its row; refuses one that holds too little."""
+def write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: ShardWriter) -> dict[str, Any]:
+    """Writes a tile and gives its row.
+
+    Raises:
+        Refused: It holds too little.
+        SceneError: It cannot be read, or holds what a store cannot.
+        OSError: It cannot be written.
+    """
     scene, layout = task.scenes[planned.scene], task.layout
-    try:
-        given, quality = read(planned.window)
-    except OSError as error:
-        raise SceneError(f"scene {scene.name} cannot be read in {planned.window}: {error}") from error
+    given, quality, numbers = read(planned.window)
     labels, ignore = None, 255
     if layout.has_labels:
         labels = np.full(planned.extent, -1, np.int16)
-        if planned.scene in task.labels:
-            labels = _class_numbers(task.labels[planned.scene], planned.window, scene.name)
-            ignore = NO_VALUE
+    if numbers is not None:
+        labels, ignore = _class_numbers(numbers, scene.name), NO_VALUE
     fraction = float(np.count_nonzero((quality & ignore) == 0)) / prod(planned.extent)
     if fraction < task.min_valid_fraction:
-        raise _Refused(TOO_LITTLE)
+        raise Refused(TOO_LITTLE)
     if planned.scene in task.labels and labels is not None and not (labels >= 0).any():
-        raise _Refused(NO_LABEL)
+        raise Refused(NO_LABEL)
     row = _row(scene, planned, layout) | {"valid_fraction": fraction, "classes": _classes(labels)}
-    pixels = np.zeros((len(layout.channels), *planned.extent), layout.dtype)
+    pixels = np.zeros((len(layout.channels), *layout.tile), layout.dtype)
+    inside = tuple(slice(0, size) for size in planned.extent)
     for place, channel in enumerate(scene.channels):
-        pixels[layout.channels.index(channel.name)] = given[place]
-    row["moments"] = _moments(pixels, quality, planned, row)
+        pixels[layout.channels.index(channel.name)][inside] = given[place]
+    row["moments"] = _moments(pixels[(slice(None), *inside)], quality, planned, row)
     padding = [(0, side - size) for side, size in zip(layout.tile, planned.extent, strict=True)]
     writer.add(
         planned.tile,
-        np.pad(pixels, [(0, 0), *padding]),
+        pixels,
         np.pad(quality, padding, constant_values=int(Quality.PADDING)),
         None if labels is None else np.pad(labels, padding, constant_values=-1),
     )
@@ -188,29 +205,34 @@ def _classes(labels: NDArray[np.int16] | None) -> list[int]:
     return [] if labels is None else [int(value) for value in np.unique(labels) if value >= 0]
 
 
-def _class_numbers(labels: LabelMap, window: Window, scene: str) -> NDArray[np.int16]:
-    numbers = labels.read(window)
+def _class_numbers(numbers: NDArray[np.int64], scene: str) -> NDArray[np.int16]:
     if numbers.min() < -1 or numbers.max() > np.iinfo(np.int16).max:
         raise SceneError(f"labels of {scene} run from {numbers.min()} to {numbers.max()}; class numbers are 0 to 32767, -1 for none")
     return numbers.astype(np.int16)
 
 
-def _reader(scene: Scene, tiles: list[PlannedTile]) -> Reader:
-    """Reads windows of a scene: from one box read ahead where that is small and mostly used, else one by one."""
-    low = np.min([tile.origin for tile in tiles], axis=0)
-    high = np.max([np.add(tile.origin, tile.extent) for tile in tiles], axis=0)
-    voxels = prod(int(size) for size in high - low)
-    small = voxels * len(scene.channels) * scene.dtype.itemsize <= READ_BYTES
-    if len(tiles) < 2 or not small or voxels > 2 * sum(prod(tile.extent) for tile in tiles):
-        return scene.read
-    try:
-        pixels, quality = scene.read(tuple(slice(int(start), int(stop)) for start, stop in zip(low, high, strict=True)))
-    except (SceneError, OSError):
-        return scene.read
+def reader_of(task: ShardTask, region: int) -> Reader:
+    """Gives windows of what the tiles of a region cover, which is read once; window by window where a part of it cannot be read."""
+    tiles = [tile for tile in task.tiles if tile.region == region]
+    scene, labels = task.scenes[tiles[0].scene], task.labels.get(tiles[0].scene)
 
-    def cut(window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
-        inside = tuple(slice(part.start - int(start), part.stop - int(start)) for part, start in zip(window, low, strict=True))
-        return pixels[(slice(None), *inside)], quality[inside]
+    def read(window: Window) -> Planes:
+        try:
+            return *scene.read(window), None if labels is None else labels.read(window)
+        except OSError as error:
+            raise SceneError(f"scene {scene.name} cannot be read in {window}: {error}") from error
+
+    low = np.min([tile.origin for tile in tiles], axis=0).tolist()
+    high = np.max([np.add(tile.origin, tile.extent) for tile in tiles], axis=0).tolist()
+    try:
+        whole = read(tuple(slice(start, stop) for start, stop in zip(low, high, strict=True)))
+    except SceneError:
+        return read
+
+    def cut(window: Window) -> Planes:
+        inside = tuple(slice(part.start - start, part.stop - start) for part, start in zip(window, low, strict=True))
+        pixels, quality, numbers = whole
+        return pixels[(slice(None), *inside)], quality[inside], None if numbers is None else numbers[inside]
 
     return cut
 
@@ -218,18 +240,19 @@ def _reader(scene: Scene, tiles: list[PlannedTile]) -> Reader:
 def shard_tasks(
     template: ShardTask, tiles: list[PlannedTile], scenes: tuple[Scene, ...], labels: Mapping[int, LabelMap]
 ) -> Iterator[ShardTask]:
-    """One task per shard, each with the scenes that its tiles are of and no others."""
+    """One task per region that fills a shard, and one per shard that smaller regions are packed into, each with the scenes it needs."""
     size = template.layout.tiles_per_shard
-    for shard in range(template.layout.num_shards):
-        ours = tuple(tiles[shard * size : (shard + 1) * size])
+    tiles_of = Counter(tile.region for tile in tiles)
+
+    def owner(tile: PlannedTile) -> tuple[str, int]:
+        return ("region", tile.region) if tiles_of[tile.region] >= size else ("shard", tile.tile // size)
+
+    for _, group in groupby(tiles, key=owner):
+        ours = tuple(group)
         numbers = sorted({tile.scene for tile in ours})
-        yield ShardTask(
-            template.store,
-            template.layout,
-            template.plan,
-            shard,
-            ours,
-            {number: scenes[number] for number in numbers},
-            {number: labels[number] for number in numbers if number in labels},
-            template.min_valid_fraction,
+        yield replace(
+            template,
+            tiles=ours,
+            scenes={number: scenes[number] for number in numbers},
+            labels={number: labels[number] for number in numbers if number in labels},
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import Field
 from mae_core.settings import Settings
 from modalities.grid import Grid, Window
 from modalities.scene import Scene
+from pipelines.region_plan import AxisTile, Regions, budget, cut_regions
 
 OVERLAP_SLACK = 0.01
 """Voxels by which a tile's box is drawn in before two are compared, so that neighbours do not meet by rounding."""
@@ -38,8 +40,9 @@ class PlannedTile:
     """A place where a tile may be written.
 
     Attributes:
-        tile: Stable id: position in scene name order, then raster order.
+        tile: Stable id: rises in the order of scene names, then of regions, then of rows; not every number is taken.
         scene: Position of its scene in the sorted scenes.
+        region: Number of the box of tiles that it is read with, counted over all scenes.
         block: Index of its block on the scene's tile lattice, for `unit: block`.
         origin: First voxel per axis.
         extent: Real data per axis; smaller than the tile where the scene is.
@@ -48,6 +51,7 @@ class PlannedTile:
 
     tile: int
     scene: int
+    region: int
     block: tuple[int, ...]
     origin: tuple[int, ...]
     extent: tuple[int, ...]
@@ -59,51 +63,76 @@ class PlannedTile:
         return tuple(slice(start, start + size) for start, size in zip(self.origin, self.extent, strict=True))
 
 
-def tile_axis(size: int, tile: int, *, disjoint: bool = False) -> list[tuple[int, int, int]]:
-    """Origin, extent and owned size of each tile along an axis: as few tiles as cover it, evenly spaced.
+def tile_axis(size: int, tile: int, *, disjoint: bool = False) -> list[AxisTile]:
+    """Origin, extent and owned size of each tile along an axis: as few tiles as cover it, at multiples of the tile size.
 
-    Tiles are full and overlap a little, or are `disjoint` and up to a voxel less than evenly divided, the rest being padded.
-    An axis shorter than a tile has one tile, which is padded later. Owned parts follow one another without gap or overlap.
+    The last one is moved back to end at the edge and repeats a part of the one before; where tiles are `disjoint` it is shorter
+    instead and padded later, and if less than half a tile were left for it, the last two share what is left evenly: a sliver is
+    all padding. An axis shorter than a tile has one tile, which is padded. Owned parts follow one another without gap or overlap.
     """
     if size <= tile:
         return [(0, size, size)]
-    count = -(-size // tile)
+    edges = [*range(0, size, tile), size]
+    if disjoint and 2 * (size - edges[-2]) < tile:
+        edges[-2] = (edges[-3] + size + 1) // 2
     if disjoint:
-        edges = [size * k // count for k in range(count + 1)]
         return [(start, stop - start, stop - start) for start, stop in pairwise(edges)]
-    origins = [(2 * k * (size - tile) + count - 1) // (2 * (count - 1)) for k in range(count)]
-    owned = [after - before for before, after in pairwise(origins)] + [tile]
-    return [(origin, tile, own) for origin, own in zip(origins, owned, strict=True)]
+    edges[-2] = size - tile
+    return [(start, tile, stop - start) for start, stop in pairwise(edges)]
 
 
-def tile_scene(
-    space: tuple[int, ...], tile: tuple[int, ...], *, disjoint: bool = False
-) -> Iterator[tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]]:
-    """Lattice index and, per axis, origin, extent and owned size of every tile of a scene, in raster order."""
-    axes = [list(enumerate(tile_axis(size, side, disjoint=disjoint))) for size, side in zip(space, tile, strict=True)]
-    for place in product(*axes):
-        yield tuple(index for index, _ in place), tuple(part for _, part in place)
+def scene_regions(scene: Scene, tile: tuple[int, ...], split: SplitSettings, *, labelled: bool) -> tuple[list[list[AxisTile]], Regions]:
+    """The tiles of a scene along each axis, and how it is cut into the regions that are read at once.
+
+    Raises:
+        PreparationError: The scene has another number of axes than the tile.
+    """
+    if len(scene.grid.space) != len(tile):
+        raise PreparationError(
+            f"scene {scene.name} has {len(scene.grid.space)} axes {scene.grid.space}, prepare.tile has {len(tile)}: {tile}; "
+            "give one size per axis"
+        )
+    axes = [tile_axis(size, side, disjoint=split.unit == "block") for size, side in zip(scene.grid.space, tile, strict=True)]
+    voxel_bytes = len(scene.channels) * (scene.dtype.itemsize + 1) + (9 if labelled else 1)
+    most = budget(scene.block, voxel_bytes)
+    return axes, cut_regions(tuple(tuple(tiles) for tiles in axes), scene.block, voxel_bytes, most)
 
 
-def plan_tiles(scenes: Sequence[Scene], tile: tuple[int, ...], split: SplitSettings) -> list[PlannedTile]:
-    """Every candidate tile of scenes sorted by name; its position in the list is its id.
+def plan_tiles(
+    scenes: Sequence[Scene], tile: tuple[int, ...], split: SplitSettings, shard: int = 1, first: int = 0, *, labelled: bool = False
+) -> list[PlannedTile]:
+    """Every candidate tile of scenes sorted by name, by rising id.
 
+    A region with at least `shard` tiles begins a shard of its own, and ids are left out at the end of its last one; smaller regions
+    are packed into one shard as long as they fit whole. So no region is read by two tasks that own whole shards.
     Tiles of a scene that is divided in blocks are disjoint, so that no block sees into another.
+
+    Args:
+        scenes: What is tiled.
+        tile: Size per axis.
+        split: How tiles are held out.
+        shard: Tiles in a shard.
+        first: The first id; a multiple of `shard`.
+        labelled: Whether labels are read with the pixels.
 
     Raises:
         PreparationError: A scene has another number of axes than the tile.
     """
     planned: list[PlannedTile] = []
-    for number, scene in enumerate(scenes):
-        if len(scene.grid.space) != len(tile):
-            raise PreparationError(
-                f"scene {scene.name} has {len(scene.grid.space)} axes {scene.grid.space}, prepare.tile has {len(tile)}: {tile}; "
-                "give one size per axis"
-            )
-        for index, parts in tile_scene(scene.grid.space, tile, disjoint=split.unit == "block"):
-            origin, extent, owned = zip(*parts, strict=True)
-            block = tuple(place // split.block_tiles for place in index)
-            planned.append(PlannedTile(len(planned), number, block, origin, extent, owned))
+    number, region, packing = first, -1, True
+    for place, scene in enumerate(scenes):
+        axes, regions = scene_regions(scene, tile, split, labelled=labelled)
+        for box in regions.boxes():
+            region += 1
+            size = prod(len(part) for part in box)
+            if not packing or size >= shard or size > -number % shard:
+                number += -number % shard
+            packing = size < shard
+            for index in product(*box):
+                origin, extent, owned = zip(*(tiles[k] for tiles, k in zip(axes, index, strict=True)), strict=True)
+                block = tuple(k // split.block_tiles for k in index)
+                planned.append(PlannedTile(number, place, region, block, origin, extent, owned))
+                number += 1
     return planned
 
 

@@ -24,7 +24,7 @@ class SyntheticLabels:
 
 @dataclass(frozen=True)
 class SyntheticScene:
-    """A scene whose pixels and quality lie in two numpy files; `damaged` voxels of the first axis cannot be read."""
+    """A scene whose pixels and quality lie in two numpy files; the voxel `damaged` of the first axis cannot be read."""
 
     name: str
     group: str
@@ -33,6 +33,11 @@ class SyntheticScene:
     channels: tuple[Channel, ...]
     dtype: np.dtype[np.generic]
     damaged: int | None = None
+    blocks_of: tuple[int, ...] | None = None
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return self.blocks_of or (1,) * len(self.grid.space)
 
     @property
     def files(self) -> tuple[Path, ...]:

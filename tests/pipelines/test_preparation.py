@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-import pipelines.shard_task
+import pipelines.region_plan
 from mae_core.store import TileStore
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import SceneError
@@ -253,31 +256,53 @@ def test_scenes_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         PrepareSettings(tile=(4, 0))
 
 
-def test_tiles_read_from_one_box_equal_tiles_read_one_by_one(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_one_box_equal_tiles_read_one_by_one(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     read = SyntheticScene.read
 
-    def counted(scene: SyntheticScene, window: Any) -> Any:
+    def alone(scene: SyntheticScene, window: Any) -> Any:
         calls.append(window)
+        if max(part.stop - part.start for part in window) > 8:
+            raise SceneError("too much at once")
+        return read(scene, window)
+
+    whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
+    monkeypatch.setattr(SyntheticScene, "read", alone)
+    assert tree(prepare(scenes, tmp_path / "out", HERE).path) == whole
+    assert len(calls) == 2 + 13, "two boxes that fail, then every tile"
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 24 * 24 * 7, 1 << 20])
+def test_every_block_of_a_scene_is_unpacked_once_whatever_the_shards_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_bytes: int
+) -> None:
+    """24 columns are three tiles and one and a half blocks, so nothing less than two tiles may be read at once."""
+    monkeypatch.setattr(pipelines.region_plan, "READ_BYTES", budget_bytes)
+    scene = replace(make_scene(tmp_path, "a", (61, 45)), blocks_of=(16, 16))
+    unpacked: Counter[tuple[int, ...]] = Counter()
+    read = SyntheticScene.read
+
+    def counted(scene: SyntheticScene, window: Any) -> Any:
+        unpacked.update(product(*(range(part.start // 16, -(-part.stop // 16)) for part in window)))
         return read(scene, window)
 
     monkeypatch.setattr(SyntheticScene, "read", counted)
-    whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
-    few = len(calls)
-    monkeypatch.setattr(pipelines.shard_task, "READ_BYTES", 0)
-    assert tree(prepare(scenes, tmp_path / "out", HERE).path) == whole
-    assert few < len(calls) - few == 13
+    prepare(Scenes((scene,)), tmp_path / "out", changed(tiles_per_shard=5, split=SplitSettings(val_fraction=0)))
+    assert len(unpacked) == 4 * 3
+    assert (max(unpacked.values()) == 1) == (budget_bytes > 0), "with no budget a tile is read by itself, four times a block"
 
 
 def test_a_scene_error_of_labels_is_quarantined(tmp_path: Path) -> None:
     scene = make_scene(tmp_path, "a", (16, 8))
     np.save(tmp_path / "numbers.npy", np.zeros((16, 8)))
+    checked: list[Any] = []
 
     class Failing(SyntheticLabels):
         def read(self, window: tuple[slice, ...]) -> Any:
-            if window[0].stop - window[0].start < 16:
-                raise SceneError("labels are gone")
-            return super().read(window)
+            if not checked:
+                checked.append(window)
+                return super().read(window)
+            raise SceneError("labels are gone")
 
     settings = changed(split=SplitSettings(val_fraction=0))
     labels = {"a": Failing(tmp_path / "numbers.npy")}

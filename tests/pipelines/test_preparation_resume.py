@@ -37,25 +37,26 @@ def scenes(tmp_path: Path) -> Scenes:
     return three_places(tmp_path)
 
 
-def fail_after(shards: int) -> Callable[[int, int], None]:
+def fail_after(tiles: int) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
-        if done >= shards:
+        if done >= tiles:
             raise KeyboardInterrupt
 
     return progress
 
 
-def test_interrupted_after_any_shard_it_finishes_the_rest(scenes: Scenes, tmp_path: Path) -> None:
+def test_interrupted_after_any_task_it_finishes_the_rest(scenes: Scenes, tmp_path: Path) -> None:
     whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
     assert "manifest.json" in whole
     assert not any(name.startswith("progress") for name in whole)
-    for shards in range(4):
-        out = tmp_path / f"broken{shards}"
+    steps = [0, 6, 12, 13]
+    for place, tiles in enumerate(steps):
+        out = tmp_path / f"broken{tiles}"
         with pytest.raises(KeyboardInterrupt):
-            prepare(scenes, out, HERE, progress=fail_after(shards))
+            prepare(scenes, out, HERE, progress=fail_after(tiles))
         done: list[int] = []
         prepare(scenes, out, HERE, progress=lambda count, _, done=done: done.append(count))  # type: ignore[misc]
-        assert done == list(range(shards, 5)), "what was finished is not done again"
+        assert done == steps[place:], "what was finished is not done again"
         assert tree(out) == whole
 
 
@@ -81,7 +82,7 @@ def test_stopped_at_any_write_it_ends_in_the_same_bytes(scenes: Scenes, tmp_path
 
     monkeypatch.setattr(mae_core.store_writer, "_commit", stopping)
     out = tmp_path / "broken"
-    points = 2 * (1 + 4 * 3 + 6) + 2
+    points = 2 * (1 + 5 * 3 + 6) + 2
     for at in range(2, points):
         stop.update(at=at, count=0)
         with pytest.raises(Killed):
@@ -103,7 +104,7 @@ from pipelines.preparation import PrepareSettings, prepare
 from tests.pipelines.test_preparation_resume import killed_scenes
 if __name__ == "__main__":
     def progress(done, total):
-        if done == 2:
+        if done >= 6:
             os.kill(os.getpid(), signal.SIGKILL)
     folder = Path({folder!r})
     prepare(killed_scenes(folder), folder / "out", PrepareSettings(tile=(8, 8), tiles_per_shard=2, num_workers=2), progress=progress)
@@ -161,12 +162,12 @@ def test_a_finished_store_that_lost_a_shard_is_refused_by_name(scenes: Scenes, t
 def test_a_shard_that_changed_since_is_done_again(scenes: Scenes, tmp_path: Path) -> None:
     whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
     with pytest.raises(KeyboardInterrupt):
-        prepare(scenes, tmp_path / "out", HERE, progress=fail_after(3))
+        prepare(scenes, tmp_path / "out", HERE, progress=fail_after(12))
     (tmp_path / "out/pixels/c/1/0/0/0").write_bytes(b"")
-    (tmp_path / "out/progress/shard-00000.json").write_text("{")
+    (tmp_path / "out/progress/shard-00002.json").write_text("{")
     done: list[int] = []
     prepare(scenes, tmp_path / "out", HERE, progress=lambda count, _: done.append(count))
-    assert done[0] == 1
+    assert done[0] == 4 + 2, "only the broken shards of a region are written anew"
     assert tree(tmp_path / "out") == whole
 
 
@@ -273,7 +274,7 @@ def test_a_worker_that_dies_is_said_with_its_scenes(scenes: Scenes, tmp_path: Pa
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         pytest.raises(
-            PreparationError, match=r"the worker that writes shard 3 of .* \(scenes c\) died(?s:.*)2GiB each\): raise prepare.memory_limit"
+            PreparationError, match=r"the worker that writes shard 4 of .* \(scenes c\) died(?s:.*)2GiB each\): raise prepare.memory_limit"
         ),
     ):
         prepare(deadly, tmp_path / "out", changed(num_workers=1))

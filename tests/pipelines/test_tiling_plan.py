@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pipelines.region_plan
 from modalities.grid import Grid
 from pipelines.tiling_plan import (
     PlannedTile,
@@ -18,6 +21,7 @@ from pipelines.tiling_plan import (
     held_out_groups,
     overlapping,
     plan_tiles,
+    tile_axis,
     tile_grid,
 )
 from tests.synthetic_scenes import SyntheticScene
@@ -58,13 +62,38 @@ def test_tiles_of_blocks_do_not_touch_and_lose_nothing(axes: tuple[tuple[int, in
     assert (covered == 1).all()
 
 
-def test_ids_are_positions_over_all_scenes_and_origins_are_evenly_spaced() -> None:
+def test_tiles_lie_at_multiples_of_their_size_and_the_last_ends_at_the_edge() -> None:
     tiles = plan_tiles([scene("a", (10, 4)), scene("b", (3, 4))], (4, 4), SplitSettings(block_tiles=2))
     assert [tile.tile for tile in tiles] == [0, 1, 2, 3]
     assert [tile.scene for tile in tiles] == [0, 0, 0, 1]
-    assert [tile.origin for tile in tiles] == [(0, 0), (3, 0), (6, 0), (0, 0)]
-    assert [tile.owned for tile in tiles] == [(3, 4), (3, 4), (4, 4), (3, 4)]
+    assert [tile.region for tile in tiles] == [0, 0, 0, 1]
+    assert [tile.origin for tile in tiles] == [(0, 0), (4, 0), (6, 0), (0, 0)]
+    assert [tile.owned for tile in tiles] == [(4, 4), (2, 4), (4, 4), (3, 4)]
     assert [tile.block for tile in tiles] == [(0, 0), (0, 0), (1, 0), (0, 0)]
+
+
+def test_disjoint_tiles_lie_at_multiples_too_and_the_last_is_no_sliver() -> None:
+    assert tile_axis(11, 4, disjoint=True) == [(0, 4, 4), (4, 4, 4), (8, 3, 3)]
+    assert tile_axis(9, 4, disjoint=True) == [(0, 4, 4), (4, 3, 3), (7, 2, 2)], "the last two share what one voxel would be left of"
+    assert tile_axis(10, 4, disjoint=True)[-1] == (8, 2, 2)
+
+
+@pytest.mark.parametrize("shard", [1, 3, 4, 50])
+def test_a_region_begins_a_shard_or_is_packed_into_one_whole(shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tiles of 2×2 bytes fill the budget."""
+    monkeypatch.setattr(pipelines.region_plan, "READ_BYTES", 16)
+    scenes = [scene("a", (6, 8)), scene("b", (2, 2)), scene("c", (4, 2)), scene("d", (2, 2)), scene("e", (4, 4))]
+    tiles = plan_tiles(scenes, (2, 2), SplitSettings(), shard)
+    sizes = Counter(tile.region for tile in tiles)
+    assert list(sizes.values()) == [4, 4, 4, 1, 2, 1, 4]
+    shards: dict[int, set[int]] = {}
+    for tile in tiles:
+        shards.setdefault(tile.tile // shard, set()).add(tile.region)
+    whole = [len([number for number, regions in shards.items() if region in regions]) for region in sizes]
+    assert whole == [-(-size // shard) for size in sizes.values()], "a region takes as few shards as it can"
+    assert all(len(regions) == 1 or max(sizes[region] for region in regions) < shard for regions in shards.values())
+    assert [tile.tile for tile in tiles] == sorted({tile.tile for tile in tiles})
+    assert plan_tiles(scenes, (2, 2), SplitSettings(), shard, 5 * shard) == [replace(tile, tile=tile.tile + 5 * shard) for tile in tiles]
 
 
 def test_a_tile_knows_its_place() -> None:
