@@ -166,7 +166,7 @@ def our_contestant(bench: Bench, name: str) -> Contestant:
         return output.error_sum.sum() / output.count.sum()  # type: ignore[no-any-return]
 
     flops = training_flops(products(model, settings.space, settings.hiding.mask_ratio))
-    return Contestant(name, model, loss, fused_adamw(model, settings.lr), flops, "this tree")
+    return Contestant(name, model, loss, make_optimiser(model, OptimSettings(), settings.lr), flops, "this tree")
 
 
 def make_peers(bench: Bench) -> tuple[list[Contestant], dict[str, str]]:
@@ -205,11 +205,4 @@ def peer_contestant(bench: Bench, name: Peer) -> Contestant:
     except RuntimeError as error:
         raise PeerError(f"{name} {version} fails in a step in {bench.dtype}: {str(error).splitlines()[0]}") from error
     model.zero_grad(set_to_none=True)
-    return Contestant(f"{name} {version}", model, loss, fused_adamw(model, settings.lr), flops, version)
-
-
-def fused_adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The paper's groups and momenta in the fused update, for any model."""
-    groups = make_optimiser(model, OptimSettings(), lr).param_groups
-    parts = [{key: group[key] for key in ("params", "weight_decay", "lr")} for group in groups]
-    return torch.optim.AdamW(parts, lr=lr, betas=OptimSettings().betas, fused=True)
+    return Contestant(f"{name} {version}", model, loss, make_optimiser(model, OptimSettings(), settings.lr), flops, version)
