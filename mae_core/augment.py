@@ -55,19 +55,20 @@ class RawBatch:
     """Whole tiles as they are stored.
 
     Attributes:
-        pixels: `(batch, channel, *tile_space)` in the stored dtype.
-        quality: Flags `(batch, *tile_space)`; zero is good.
-        labels: Class numbers `(batch, *tile_space)`, -1 where there is none; None in a store without labels.
+        pixels: `(tile, channel, *tile_space)` in the stored dtype.
+        quality: Flags `(tile, *tile_space)`; zero is good.
+        labels: Class numbers `(tile, *tile_space)`, -1 where there is none; None in a store without labels.
         present: Channels that each sample has.
         scale, offset: Physical value = stored · scale + offset, per sample and channel.
         extent: Size of the real data before padding, per sample and axis.
         sample: What names the samples.
         context: What else is known of them.
         complete: No tile has a flag, padding or an absent channel.
+        place: Which of the tiles each sample is of, where several crops are drawn from one; None: a tile each, in order.
     """
 
     pixels: Tensor
-    quality: UInt8[Tensor, "batch *space"]
+    quality: UInt8[Tensor, "tile *space"]
     labels: Tensor | None
     present: Bool[Tensor, "batch channel"]
     scale: Float[Tensor, "batch channel"]
@@ -76,6 +77,7 @@ class RawBatch:
     sample: Sample
     context: Context | None = None
     complete: bool = False
+    place: Int[Tensor, " batch"] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,18 @@ class Normaliser:
         present = self.present(raw).to(device, non_blocking=True)
         stored = raw.pixels.to(device, non_blocking=True)
         flags = raw.quality.to(device, non_blocking=True)[:, None]
-        quality = pick_voxels(flags, near)[:, 0]
+        tile = None if raw.place is None else raw.place.to(device, non_blocking=True)
+        quality = pick_voxels(flags, near, tile)[:, 0]
         keep = per_channel((quality & self.no_value) == 0, present)
         if zoom is None:
-            pixels = normalise(pick_voxels(stored, near), raw.scale, raw.offset, self.mean, self.std)
+            pixels = normalise(pick_voxels(stored, near, tile), raw.scale, raw.offset, self.mean, self.std)
         else:
+            stored, flags = _tile_each(stored, tile), _tile_each(flags, tile)
             whole = normalise(stored, raw.scale, raw.offset, self.mean, self.std)
             pixels = interpolate(whole, (flags & self.no_value) == 0, [part.to(device) for part in index])
         if self.augment is not None and self.augment.intensity:
             pixels = self._changed(pixels, raw.sample, self.augment.intensity)
-        labels = None if raw.labels is None else pick_voxels(raw.labels.to(device, non_blocking=True)[:, None], near)[:, 0].long()
+        labels = None if raw.labels is None else pick_voxels(raw.labels.to(device, non_blocking=True)[:, None], near, tile)[:, 0].long()
         context = None if raw.context is None else _zoomed(raw.context, zoom).to(device)
         complete = raw.complete and (self.augment is None or not self.augment.channel_drop_fraction)
         return Batch(torch.where(keep, pixels, 0.0), quality, labels, present, raw.sample, context, complete)
@@ -211,15 +215,24 @@ class Normaliser:
         return pixels * (1 + gain) + shift
 
 
-def pick_voxels(array: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """Voxels `(batch, channel, *crop)` of `(batch, channel, *space)` at whole places, as `Normaliser.index` gives them."""
+def pick_voxels(array: Tensor, index: Sequence[Tensor], tile: Int[Tensor, " batch"] | None = None) -> Tensor:
+    """Voxels `(batch, channel, *crop)` of `(tile, channel, *space)` at whole places, as `Normaliser.index` gives them.
+
+    Sample `n` is of tile `tile[n]`, or of tile `n` without `tile`.
+    """
     if array.dtype in _SAME_SIZE:  # torch picks no unsigned integers but uint8; moving needs their bits only
-        return pick_voxels(array.view(_SAME_SIZE[array.dtype]), index).view(array.dtype)
-    batch, channels = array.shape[:2]
+        return pick_voxels(array.view(_SAME_SIZE[array.dtype]), index, tile).view(array.dtype)
     ones = (1,) * len(index)
-    sample = torch.arange(batch, device=array.device).reshape(batch, 1, *ones)
-    channel = torch.arange(channels, device=array.device).reshape(1, channels, *ones)
+    sample = (torch.arange(len(array), device=array.device) if tile is None else tile).reshape(-1, 1, *ones)
+    channel = torch.arange(array.shape[1], device=array.device).reshape(1, -1, *ones)
     return array[(sample, channel, *(part[:, None] for part in index))]
+
+
+def _tile_each(array: Tensor, tile: Int[Tensor, " batch"] | None) -> Tensor:
+    """The tile of every sample, those that several samples share repeated."""
+    if tile is None or array.dtype not in _SAME_SIZE:
+        return array if tile is None else array[tile]
+    return array.view(_SAME_SIZE[array.dtype])[tile].view(array.dtype)
 
 
 def interpolate(

@@ -1,24 +1,32 @@
-"""Raw batches from a tile store, in an order that is a pure function of the seed and the step."""
+"""Raw batches from a tile store, in an order that is a pure function of the seed and the step.
+
+Shards are read whole and in turn, and tiles are mixed with those of `window_shards` shards at a time: a *window*. A window's shards are
+drawn anew each epoch. Packed tiles of a window and of the next one are in memory, unpacked ones of `prefetch` batches: no more, however
+large the store. Reading and unpacking happen in threads, which the codecs let run beside one another.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from mae_core.augment import RawBatch
 from mae_core.context import only_spacing
-from mae_core.masking import STREAM_ORDER, Sample, counter_bits
+from mae_core.masking import STREAM_ORDER, STREAM_WINDOW, Sample, counter_bits
 from mae_core.parallel import Parallel
 from mae_core.settings import Settings
-from mae_core.store import TileStore
+from mae_core.shards import StoreError
+from mae_core.store import PackedTile, TileStore
 
 
 class LoaderSettings(Settings):
@@ -26,22 +34,49 @@ class LoaderSettings(Settings):
 
     global_batch_size: int = Field(64, ge=1, description="Samples of one update, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="Samples at once on a process (default: its whole share)")
-    repeats: int = Field(1, ge=1, description="Crops drawn from a tile each time it is read (repeated sampling)")
-    num_threads: int = Field(2, ge=1, description="Threads that read and decode tiles")
+    crops_per_tile: int = Field(1, ge=1, description="Crops drawn from a tile each time it is read (repeated sampling)")
+    window_shards: int = Field(
+        16, ge=1, description="Shards whose tiles are mixed with one another; they are read whole, one after another"
+    )
+    num_threads: int = Field(2, ge=1, description="Threads that read shards, and as many that unpack tiles")
     prefetch: int = Field(4, ge=1, description="Micro-batches that are read ahead")
+    max_damaged_tiles: int = Field(
+        0, ge=0, description="Tiles that may turn out damaged before the run stops; they are named, counted and fed as wholly invalid"
+    )
 
 
 class LoaderError(ValueError):
     """The loader's settings do not fit the processes or the store; the message names the setting."""
 
 
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """The order of an epoch.
+
+    Attributes:
+        order: Places in the stream's rows, `(tile,)`.
+        window_ends: Position behind the last tile of each window.
+    """
+
+    order: NDArray[np.int64]
+    window_ends: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Stream:
     """The endless stream of samples of a run.
 
-    Sample `p` of the stream belongs to epoch `p // size`; an epoch holds every tile `repeats` times, in an order
+    Sample `p` of the stream belongs to epoch `p // size`; an epoch holds every tile `crops_per_tile` times, in an order
     drawn from (seed, epoch). Step `s` takes samples `s·G … (s + 1)·G − 1` for a global batch of `G`, divided among
     the processes; so the data's state is `s`, and any number of processes sees the same samples.
+
+    Attributes:
+        store: What is read.
+        rows: Rows of its index that are drawn from.
+        settings: How.
+        seed: Of the order.
+        parallel: Which share is this process's.
+        damaged: Tiles that this process found damaged, with what was wrong.
     """
 
     store: TileStore
@@ -49,6 +84,8 @@ class Stream:
     settings: LoaderSettings
     seed: int
     parallel: Parallel
+    damaged: dict[int, str] = field(default_factory=dict, init=False, compare=False)
+    _epochs: dict[int, Epoch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         share, left = divmod(self.settings.global_batch_size, self.parallel.world)
@@ -64,86 +101,221 @@ class Stream:
             raise LoaderError("there is no tile to train on")
 
     @property
+    def share(self) -> int:
+        """Samples of a step that are this process's."""
+        return self.settings.global_batch_size // self.parallel.world
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches that a process computes for one update."""
-        share = self.settings.global_batch_size // self.parallel.world
-        return share // (self.settings.micro_batch_size or share)
+        return self.share // (self.settings.micro_batch_size or self.share)
+
+    def epoch(self, number: int) -> Epoch:
+        """The order of an epoch: shards in a drawn order, cut into windows; in each window, tiles in a drawn order."""
+        if number not in self._epochs:
+            shards, shard_of = np.unique(self.store.shards[self.rows], return_inverse=True)
+            turn = torch.argsort(counter_bits(self.seed, STREAM_WINDOW, number, torch.from_numpy(shards)), stable=True).numpy()
+            window = np.empty(len(shards), np.int64)
+            window[turn] = np.arange(len(shards)) // self.settings.window_shards
+            keys = counter_bits(self.seed, STREAM_ORDER, number, torch.from_numpy(self.store.index.tile[self.rows])).numpy()
+            order = np.lexsort((keys, window[shard_of]))
+            for old in [known for known in tuple(self._epochs) if known < number - 1]:
+                del self._epochs[old]
+            self._epochs[number] = Epoch(order, np.cumsum(np.bincount(window[shard_of])))
+        return self._epochs[number]
 
     def samples(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], Sample]:
         """Store rows and names of samples at positions of the stream."""
-        size = len(self.rows) * self.settings.repeats
-        epoch, within = np.divmod(positions, size)
+        crops = self.settings.crops_per_tile
+        epoch, within = np.divmod(positions, len(self.rows) * crops)
         row = np.empty(len(positions), dtype=np.int64)
         for number in np.unique(epoch):
             chosen = epoch == number
-            row[chosen] = self.rows[self._order(int(number))[within[chosen] // self.settings.repeats]]
+            row[chosen] = self.rows[self.epoch(int(number)).order[within[chosen] // crops]]
         tile = self.store.index.tile[row]
-        names = (torch.from_numpy(part) for part in (epoch, tile, within % self.settings.repeats))
+        names = (torch.from_numpy(part) for part in (epoch, tile, within % crops))
         return row, Sample(*names)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[list[RawBatch], float]]:
-        """Micro-batches of each step from `first` to `last - 1`, with the seconds that were spent waiting for them."""
-        share = self.settings.global_batch_size // self.parallel.world
-        micro = share // self.micro_batches
+        """Micro-batches of each step from `first` to `last - 1`, with the seconds that were spent waiting for them.
+
+        Raises:
+            StoreError: More tiles are damaged than `max_damaged_tiles`; the message names the last one.
+        """
+        micro = self.share // self.micro_batches
         starts = (
-            step * self.settings.global_batch_size + self.parallel.rank * share + number * micro
+            step * self.settings.global_batch_size + self.parallel.rank * self.share + number * micro
             for step in range(first, last)
             for number in range(self.micro_batches)
         )
-        with ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="loader") as pool:
+        with ExitStack() as stack:
+            readers = stack.enter_context(ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="reader"))
+            unpackers = stack.enter_context(ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="unpacker"))
+            windows = _Windows(self, readers, first, last)
             ahead: deque[Future[RawBatch]] = deque()
-            try:
-                for _ in range(first, last):
-                    waited, batches = 0.0, []
-                    for _ in range(self.micro_batches):
-                        while len(ahead) < self.settings.prefetch and (start := next(starts, None)) is not None:
-                            ahead.append(pool.submit(self.read, np.arange(start, start + micro)))
-                        began = perf_counter()
-                        batches.append(ahead.popleft().result())
-                        waited += perf_counter() - began
-                    yield batches, waited
-            finally:
-                for future in ahead:
-                    future.cancel()
+            stack.callback(_cancel, ahead, windows)
+            for _ in range(first, last):
+                waited, batches = 0.0, []
+                for _ in range(self.micro_batches):
+                    while len(ahead) < self.settings.prefetch and (start := next(starts, None)) is not None:
+                        positions = np.arange(start, start + micro)
+                        ahead.append(unpackers.submit(self._batch, positions, windows.holding(positions)))
+                    began = perf_counter()
+                    batches.append(ahead.popleft().result())
+                    waited += perf_counter() - began
+                yield batches, waited
 
     def read(self, positions: NDArray[np.int64]) -> RawBatch:
-        """The raw batch of samples at positions of the stream; a tile that several of them share is read once.
+        """The raw batch of samples at positions of the stream, read now.
 
         Raises:
-            StoreError: A chunk is missing or damaged; the message names it.
+            StoreError: As `steps`.
         """
-        rows, sample = self.samples(positions)
-        return read_rows(self.store, rows, sample)
+        done: Future[dict[int, PackedTile]] = Future()
+        done.set_result(self.store.fetch(self.samples(positions)[0]))
+        return self._batch(positions, [done])
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        keys = counter_bits(self.seed, STREAM_ORDER, epoch, torch.from_numpy(self.store.index.tile[self.rows]))
-        order: NDArray[np.int64] = torch.argsort(keys, stable=True).numpy()
-        return order
+    def _batch(self, positions: NDArray[np.int64], parts: list[Future[dict[int, PackedTile]]]) -> RawBatch:
+        rows, sample = self.samples(positions)
+        packed: dict[int, PackedTile] = {}
+        for part in parts:
+            packed.update(part.result())
+        return unpack_rows(self.store, rows, sample, packed, self)
+
+    def tolerate(self, tile: int, error: StoreError) -> None:
+        """Note a damaged tile.
+
+        Raises:
+            StoreError: It is one too many.
+        """
+        self.damaged.setdefault(tile, str(error))
+        if len(self.damaged) > self.settings.max_damaged_tiles:
+            allowed = self.settings.max_damaged_tiles
+            more = f"; that makes {len(self.damaged)} damaged tiles, loader.max_damaged_tiles allows {allowed}" if allowed else ""
+            raise StoreError(f"{error}{more}") from error
+
+
+class _Windows:
+    """Packed tiles of the windows that are at work, each shard read once by a thread, the next window ahead."""
+
+    def __init__(self, stream: Stream, readers: ThreadPoolExecutor, first: int, last: int) -> None:
+        self._stream, self._readers = stream, readers
+        size = stream.settings.global_batch_size
+        self._range = first * size, last * size
+        self._parts: dict[tuple[int, int], dict[int, Future[dict[int, PackedTile]]]] = {}
+
+    def holding(self, positions: NDArray[np.int64]) -> list[Future[dict[int, PackedTile]]]:
+        """The shards, being read, that hold the tiles of a batch; older windows are let go and the next one is begun."""
+        low, high = (self._window(int(position)) for position in (positions[0], positions[-1]))
+        for old in [key for key in self._parts if key < low]:
+            del self._parts[old]
+        wanted, key = [], low
+        while key <= high:
+            wanted.append(key)
+            key = self._after(key)
+        for window in (*wanted, key):
+            self._begin(window)
+        rows = self._stream.samples(positions)[0]
+        shards = set(self._stream.store.shards[rows].tolist())
+        return [part for window in wanted for shard, part in self._parts[window].items() if shard in shards]
+
+    def pending(self) -> Iterator[Future[dict[int, PackedTile]]]:
+        """What has not been read yet."""
+        for parts in self._parts.values():
+            yield from parts.values()
+
+    def _window(self, position: int) -> tuple[int, int]:
+        """Epoch and window of a position."""
+        crops = self._stream.settings.crops_per_tile
+        number, within = divmod(position, len(self._stream.rows) * crops)
+        return number, int(np.searchsorted(self._stream.epoch(number).window_ends, within // crops, side="right"))
+
+    def _after(self, key: tuple[int, int]) -> tuple[int, int]:
+        number, window = key
+        return (number, window + 1) if window + 1 < len(self._stream.epoch(number).window_ends) else (number + 1, 0)
+
+    def _begin(self, key: tuple[int, int]) -> None:
+        """Have the shards of a window read, as far as this process needs them."""
+        if key in self._parts:
+            return
+        stream, (number, window) = self._stream, key
+        crops, size = stream.settings.crops_per_tile, stream.settings.global_batch_size
+        ends = stream.epoch(number).window_ends
+        base = number * len(stream.rows) * crops
+        start = base + int(ends[window - 1] if window else 0) * crops
+        positions = np.arange(max(start, self._range[0]), min(base + int(ends[window]) * crops, self._range[1]))
+        positions = positions[positions % size // stream.share == stream.parallel.rank]
+        self._parts[key] = {}
+        if len(positions):
+            rows = np.unique(stream.samples(positions)[0])
+            shards = stream.store.shards[rows]
+            for part in np.split(rows, np.flatnonzero(np.diff(shards)) + 1):
+                self._parts[key][int(stream.store.shards[part[0]])] = self._readers.submit(stream.store.fetch, part)
+
+
+def _cancel(ahead: Iterable[Future[RawBatch]], windows: _Windows) -> None:
+    """Nothing that has not begun will begin."""
+    for batch in ahead:
+        batch.cancel()
+    for part in windows.pending():
+        part.cancel()
 
 
 def read_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample) -> RawBatch:
-    """The raw batch of some rows of a store's index."""
-    unique, place = np.unique(rows, return_inverse=True)
-    tiles = [store.read(int(row)) for row in unique]
-    chosen = [tiles[index] for index in place]
-    labels = None
-    if chosen[0].labels is not None:
-        labels = torch.from_numpy(np.stack([np.asarray(tile.labels) for tile in chosen]))
-    pixels, quality = np.stack([tile.pixels for tile in chosen]), np.stack([tile.quality for tile in chosen])
-    present = np.stack([tile.present for tile in chosen])
-    whole = all(tuple(tile.extent) == store.space for tile in chosen)
+    """The raw batch of some rows of a store's index.
+
+    Raises:
+        StoreError: A chunk is missing or damaged; the message names it.
+    """
+    return unpack_rows(store, rows, sample, store.fetch(rows), None)
+
+
+def unpack_rows(
+    store: TileStore, rows: NDArray[np.int64], sample: Sample, packed: Mapping[int, PackedTile], stream: Stream | None
+) -> RawBatch:
+    """The raw batch of some rows whose packed tiles are at hand; a tile that several samples share is unpacked once.
+
+    A damaged tile is an error, or, where the stream tolerates it, a tile of which nothing counts.
+    """
+    unique, places = np.unique(rows, return_inverse=True)
+    shared = len(unique) < len(rows)
+    unique = unique if shared else rows
+    tensors = _room(store, len(unique), pinned=stream is not None and stream.parallel.device.type == "cuda")
+    out = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for number, row in enumerate(unique.tolist()):
+        own = {name: values[number] for name, values in out.items()}
+        try:
+            store.unpack(row, packed[row], own)
+        except StoreError as error:
+            if stream is None:
+                raise
+            stream.tolerate(int(store.index.tile[row]), error)
+            own["pixels"][:] = 0
+            own["quality"][:] = store.no_value
+            if "labels" in own:
+                own["labels"][:] = -1
+    index = store.index
+    present = index.present[rows]
+    whole = bool((index.extent[rows] == store.space).all())
     return RawBatch(
-        pixels=torch.from_numpy(pixels),
-        quality=torch.from_numpy(quality),
-        labels=labels,
+        pixels=tensors["pixels"],
+        quality=tensors["quality"],
+        labels=tensors.get("labels"),
         present=torch.from_numpy(present),
-        scale=torch.from_numpy(np.stack([tile.scale for tile in chosen])),
-        offset=torch.from_numpy(np.stack([tile.offset for tile in chosen])),
-        extent=torch.tensor([tile.extent for tile in chosen]),
+        scale=torch.from_numpy(index.scale[rows].astype(np.float32)),
+        offset=torch.from_numpy(index.offset[rows].astype(np.float32)),
+        extent=torch.from_numpy(index.extent[rows]),
         sample=sample,
         context=only_spacing(torch.from_numpy(spacings(store, rows))),
-        complete=whole and not quality.any() and bool(present.all()),
+        complete=whole and bool(present.all()) and not out["quality"].any(),
+        place=torch.from_numpy(places) if shared else None,
     )
+
+
+def _room(store: TileStore, num_tiles: int, *, pinned: bool) -> dict[str, Tensor]:
+    """Tensors that tiles are unpacked into, in their stored element types; page-locked where a GPU will fetch them."""
+    like = {name: torch.from_numpy(values) for name, values in store.empty(0).items()}
+    return {name: torch.empty((num_tiles, *each.shape[1:]), dtype=each.dtype, pin_memory=pinned) for name, each in like.items()}
 
 
 def spacings(store: TileStore, rows: NDArray[np.int64]) -> NDArray[np.float32]:

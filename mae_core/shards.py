@@ -1,19 +1,22 @@
 """The file of a shard: chunks of one tile each, then an index of offset and length per chunk with its crc32c.
 
-This is the `sharding_indexed` codec of zarr v3 with inner codecs bytes, zstd, crc32c; zarr-python reads and writes the same
+This is the `sharding_indexed` codec of zarr v3 with the inner codecs of `mae_core.chunks`; zarr-python reads and writes the same
 bytes. It is done here directly because zarr-python answers a missing chunk with the fill value, keeps a whole shard in memory
 to write it, decodes on one event-loop thread and hangs in a forked process. Nothing here holds an open file or a thread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mae_core.chunks import CHECKSUM_BYTES, ChunkCodec, codec_of, crc32c
+from mae_core.store_files import StoreFiles
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32")
 """Element types that a store may hold; anything else is refused before a chunk is read."""
@@ -21,9 +24,16 @@ DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int6
 NO_CHUNK = 2**64 - 1
 """Offset and length, in a shard's index, of a chunk that was not written."""
 
+GAP_BYTES = 256 << 10
+"""Chunks that lie no further apart than this are read in one go: on disks and networks a read of its own costs more than the gap."""
+
 
 class StoreError(RuntimeError):
     """A store is unfinished, altered or not one of ours. The message names the file, the array and the tiles."""
+
+
+Packed = memoryview | StoreError
+"""A chunk as it lies in its file, or why it cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,14 @@ class ShardedArray:
         shape: `(tile, *tile_shape)`.
         dtype: Name of the element type, one of `DTYPES`.
         tiles_per_shard: Chunks in a file.
+        codec: What a chunk is packed with.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     tiles_per_shard: int
+    codec: ChunkCodec
 
     @property
     def stored_dtype(self) -> np.dtype[np.generic]:
@@ -62,63 +74,96 @@ class ShardedArray:
         last = min(first + self.tiles_per_shard, self.shape[0]) - 1
         return f"{self.name} shard {self.key(shard).removeprefix(self.name + '/')} (tiles {first}–{last})"
 
-    def read_index(self, store: Path, shard: int) -> NDArray[np.uint64]:
+    def encode(self, values: NDArray[np.generic]) -> bytes:
+        """The chunk of a tile's array."""
+        return self.codec.encode(np.ascontiguousarray(values, dtype=self.stored_dtype))
+
+    def read_index(self, files: StoreFiles, shard: int) -> NDArray[np.uint64]:
         """Offset and length `(tiles_per_shard, 2)` of every chunk of a shard; `NO_CHUNK` where there is none.
 
         Raises:
             StoreError: The shard is missing, cut short, or its index fails the checksum.
         """
-        size = 16 * self.tiles_per_shard + 4
+        size = 16 * self.tiles_per_shard + CHECKSUM_BYTES
         try:
-            with (store / self.key(shard)).open("rb") as stream:
-                total = stream.seek(0, 2)
-                stream.seek(max(0, total - size))
-                tail = stream.read(size)
+            tail = files.read(self.key(shard), -size)
         except OSError as error:
-            raise StoreError(f"{store}: {self.label(shard)} cannot be read: {error.strerror}") from error
-        if len(tail) < size or crc32c(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
-            raise StoreError(f"{store}: {self.label(shard)} is damaged: its chunk index fails the checksum; restore it or prepare again")
+            raise StoreError(f"{files.label}: {self.label(shard)} cannot be read: {error.strerror or error}") from error
+        if len(tail) < size or crc32c(tail[:-CHECKSUM_BYTES]) != int.from_bytes(tail[-CHECKSUM_BYTES:], "little"):
+            raise StoreError(
+                f"{files.label}: {self.label(shard)} is damaged: its chunk index fails the checksum; restore it or prepare again"
+            )
         return np.frombuffer(tail, "<u8", count=2 * self.tiles_per_shard).reshape(-1, 2)
 
-    def read(self, store: Path, tile: int) -> NDArray[np.generic]:
-        """The chunk `(*tile_shape)` of one tile.
+    def fetch(self, files: StoreFiles, tiles: Sequence[int]) -> list[Packed]:
+        """The chunks of some tiles of one shard, read front to back in as few parts as gaps allow.
+
+        What cannot be had is told in its place, so that one damaged tile does not hide the others.
+        """
+        shard = tiles[0] // self.tiles_per_shard
+        where = f"{files.label}: {self.label(shard)}"
+        try:
+            index = self.read_index(files, shard)
+        except StoreError as error:
+            return [error] * len(tiles)
+        found: list[Packed] = [StoreError(f"{where} cannot be read")] * len(tiles)
+        wanted: list[tuple[int, int, int]] = []
+        for number, tile in enumerate(tiles):
+            offset, length = (int(value) for value in index[tile - shard * self.tiles_per_shard])
+            if offset == NO_CHUNK:
+                found[number] = StoreError(
+                    f"{where} holds no chunk for tile {tile}, which the index lists; restore the shard or prepare again"
+                )
+            elif length > self._largest_chunk or offset > 2**62:
+                found[number] = StoreError(f"{where}: the chunk of tile {tile} lies outside the file or is larger than a tile can be")
+            else:
+                wanted.append((offset, length, number))
+        for start, stop, part in _runs(sorted(wanted)):
+            try:
+                data = memoryview(files.read(self.key(shard), start, stop - start))
+            except OSError as error:
+                failed = StoreError(f"{where} cannot be read: {error.strerror or error}")
+                for _, _, number in part:
+                    found[number] = failed
+                continue
+            for offset, length, number in part:
+                chunk = data[offset - start : offset - start + length]
+                outside = StoreError(f"{where}: the chunk of tile {tiles[number]} lies outside the file")
+                found[number] = chunk if len(chunk) == length else outside
+        return found
+
+    def unpack(self, files: StoreFiles, tile: int, packed: Packed, out: NDArray[np.generic]) -> None:
+        """Unpack the chunk of a tile into `out`, contiguous and in the stored element type.
 
         Raises:
-            StoreError: The chunk is missing or damaged.
+            StoreError: The chunk is missing or damaged; `out` may be spoilt then.
         """
-        shard, place = divmod(tile, self.tiles_per_shard)
-        where = f"{store}: {self.label(shard)}"
-        offset, length = (int(value) for value in self.read_index(store, shard)[place])
-        if offset == NO_CHUNK:
-            raise StoreError(f"{where} holds no chunk for tile {tile}, which the index lists; restore the shard or prepare again")
+        if isinstance(packed, StoreError):
+            raise packed
         try:
-            with (store / self.key(shard)).open("rb") as stream:
-                size = stream.seek(0, 2)
-                if length < 5 or offset + length > size:
-                    raise StoreError(f"{where}: the chunk of tile {tile} lies outside the file")
-                stream.seek(offset)
-                chunk = stream.read(length)
-        except OSError as error:
-            raise StoreError(f"{where} cannot be read: {error.strerror}") from error
-        from numcodecs import Zstd  # type: ignore[import-untyped]
+            self.codec.decode(packed, out)
+        except ValueError as error:
+            raise StoreError(f"{files.label}: {self.label(tile // self.tiles_per_shard)}: the chunk of tile {tile} {error}") from error
 
-        if len(chunk) != length or crc32c(chunk[:-4]) != int.from_bytes(chunk[-4:], "little"):
-            raise StoreError(f"{where}: the chunk of tile {tile} fails its crc32c; restore the shard or prepare again")
-        out = np.empty(self.shape[1:], self.stored_dtype)
-        if _content_size(chunk) != out.nbytes:
-            raise StoreError(f"{where}: the chunk of tile {tile} holds {_content_size(chunk)} bytes, wanted {out.nbytes}")
-        try:
-            Zstd().decode(chunk[:-4], out)
-        except (RuntimeError, ValueError) as error:
-            raise StoreError(f"{where}: the chunk of tile {tile} cannot be decompressed: {error}") from error
-        return out.astype(self.dtype, copy=False)
+    @property
+    def _largest_chunk(self) -> int:
+        """More than any codec makes of a tile that cannot be packed."""
+        size = prod(self.shape[1:]) * self.stored_dtype.itemsize
+        return size + size // 8 + (1 << 16)
 
 
-def crc32c(data: bytes) -> int:
-    """The Castagnoli checksum that zarr's `crc32c` codec appends."""
-    from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
-
-    return int(CRC32C.checksum(np.frombuffer(data, np.uint8)))
+def _runs(wanted: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+    """Start, stop and members of the stretches that chunks `(offset, length, number)`, by rising offset, are read in."""
+    part: list[tuple[int, int, int]] = []
+    stop = 0
+    for offset, length, number in wanted:
+        if part and offset > stop + GAP_BYTES:
+            yield part[0][0], stop, part
+            part = []
+        stop = max(stop, offset + length) if part else offset + length
+        part.append((offset, length, number))
+    if part:
+        yield part[0][0], stop, part
 
 
 def array_from_metadata(where: str, name: str, document: dict[str, Any]) -> ShardedArray:
@@ -134,9 +179,13 @@ def array_from_metadata(where: str, name: str, document: dict[str, Any]) -> Shar
     if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
         raise StoreError(f"{where}: codecs {[codec['name'] for codec in codecs]} are not allowed; allowed: sharding_indexed")
     inner = codecs[0]["configuration"]
-    found = [[codec["name"] for codec in inner[key]] for key in ("codecs", "index_codecs")]
-    if found != [["bytes", "zstd", "crc32c"], ["bytes", "crc32c"]]:
-        raise StoreError(f"{where}: codecs {found} are not allowed; allowed: bytes, zstd, crc32c with an index of bytes, crc32c")
+    index = [codec["name"] for codec in inner["index_codecs"]]
+    if index != ["bytes", "crc32c"]:
+        raise StoreError(f"{where}: codecs {index} of the index are not allowed; allowed: bytes, crc32c")
+    try:
+        codec = codec_of(inner["codecs"])
+    except ValueError as error:
+        raise StoreError(f"{where}: {error}") from error
     shape, shard = tuple(document["shape"]), tuple(document["chunk_grid"]["configuration"]["chunk_shape"])
     endians = {codec.get("configuration", {}).get("endian", "little") for key in ("codecs", "index_codecs") for codec in inner[key]}
     key = document["chunk_key_encoding"]
@@ -145,17 +194,4 @@ def array_from_metadata(where: str, name: str, document: dict[str, Any]) -> Shar
         raise StoreError(f"{where}: the layout is not one tile per chunk, little-endian, with the index at the end")
     if prod(shape[1:]) < 1 or shard[0] < 1:
         raise StoreError(f"{where}: shape {shape} in shards of {shard} holds nothing")
-    return ShardedArray(name, shape, dtype, shard[0])
-
-
-def _content_size(frame: bytes) -> int:
-    """Bytes that a zstd frame says it holds (RFC 8878, section 3.1.1.1); -1 if it does not say."""
-    if len(frame) < 14 or frame[:4] != b"\x28\xb5\x2f\xfd":
-        return -1
-    flags = frame[4]
-    single = flags >> 5 & 1
-    width = (1 if single else 0, 2, 4, 8)[flags >> 6]
-    start = 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
-    if width == 0:
-        return -1
-    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+    return ShardedArray(name, shape, dtype, shard[0], codec)

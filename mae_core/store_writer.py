@@ -16,13 +16,12 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-from numcodecs import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from mae_core.shards import DTYPES, NO_CHUNK, ShardedArray, crc32c
-from mae_core.store import FORMAT, FORMAT_VERSION, sha256_of, store_digest
+from mae_core.chunks import Compression, crc32c, default_codec
+from mae_core.shards import DTYPES, NO_CHUNK, ShardedArray
+from mae_core.store_folder import FORMAT, FORMAT_VERSION, sha256_of, store_digest
 
-ZSTD_LEVEL = 3
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; what still has it after a kill is rubbish."""
 
@@ -39,6 +38,7 @@ class StoreLayout:
         dtype: Element type of the pixels, one of `mae_core.shards.DTYPES`.
         tiles_per_shard: Tiles in a file.
         has_labels: Whether there is an array of class numbers.
+        compression: How chunks are packed.
     """
 
     num_tiles: int
@@ -48,6 +48,7 @@ class StoreLayout:
     dtype: str
     tiles_per_shard: int
     has_labels: bool
+    compression: Compression = "fast"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -61,7 +62,10 @@ class StoreLayout:
         shapes = {"pixels": ((len(self.channels), *self.tile), self.dtype), "quality": (self.tile, "uint8")}
         if self.has_labels:
             shapes["labels"] = (self.tile, "int16")
-        return {name: ShardedArray(name, (self.num_tiles, *shape), dtype, self.tiles_per_shard) for name, (shape, dtype) in shapes.items()}
+        return {
+            name: ShardedArray(name, (self.num_tiles, *shape), dtype, self.tiles_per_shard, default_codec(dtype, self.compression))
+            for name, (shape, dtype) in shapes.items()
+        }
 
     @property
     def num_shards(self) -> int:
@@ -109,8 +113,7 @@ class ShardWriter:
         if shard != self._shard or self._index["pixels"][place, 0] != NO_CHUNK:
             raise ValueError(f"tile {tile} is not one of shard {self._shard}, or came twice")
         for name, values in given.items():
-            frame = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(values, dtype=self._arrays[name].stored_dtype))
-            chunk = frame + crc32c(frame).to_bytes(4, "little")
+            chunk = self._arrays[name].encode(values)
             self._index[name][place] = self._write(name, chunk), len(chunk)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -247,7 +250,7 @@ def finish(
 def _metadata(layout: StoreLayout, attributes: Mapping[str, Any]) -> dict[str, bytes]:
     """The `zarr.json` of the group and of each array, made by zarr in memory so that they can be written whole."""
     import zarr
-    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.codecs import Crc32cCodec
     from zarr.core.buffer import Buffer
     from zarr.storage import MemoryStore
 
@@ -269,13 +272,22 @@ def _metadata(layout: StoreLayout, attributes: Mapping[str, Any]) -> dict[str, b
             chunks=(1, *inner),
             shards=(array.tiles_per_shard, *inner),
             dtype=array.dtype,
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+            compressors=[_zarr_codec(array), Crc32cCodec()],
             fill_value=-1 if name == "labels" else 0,
             config={"write_empty_chunks": True},
             dimension_names=("tile", *(("channel",) if name == "pixels" else ()), *layout.axes),
         )
     names = ["zarr.json", *(f"{name}/zarr.json" for name in layout.arrays)]
     return {name: encode_json(json.loads(documents[name].to_bytes())) for name in names}
+
+
+def _zarr_codec(array: ShardedArray) -> Any:
+    from zarr.codecs import BloscCodec, ZstdCodec
+
+    codec = array.codec
+    if codec.name == "zstd":
+        return ZstdCodec(level=codec.level)
+    return BloscCodec(cname=codec.compressor, clevel=codec.level, shuffle=codec.shuffle, typesize=array.stored_dtype.itemsize, blocksize=0)
 
 
 def _write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

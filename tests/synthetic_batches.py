@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ def store_of(path: Path, space: tuple[int, ...], num_tiles: int = 6, channels: t
         manifest={"tiles": {"accepted": num_tiles}},
     )
     return TileStore.open(path)
+
+
+def with_index(store: TileStore, **columns: Any) -> TileStore:
+    """The store as if its index had other columns."""
+    return replace(store, whole=replace(store.whole, index=replace(store.index, **columns)))
 
 
 def places(space: tuple[int, ...]) -> itertools.product[tuple[int, ...]]:

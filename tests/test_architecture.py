@@ -21,9 +21,9 @@ PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
     "ground": "settings nd masking context positions targets hog errors augment attention vit sparse_conv encoders",
-    "parts": "decoders mae perceptual flops heads shards store store_writer loader optim parallel checkpoint export weights published "
-    "monai_export",
-    "wholes": "train evaluate segmentation probes tiling tracking served_model figures finetune",
+    "parts": "decoders mae perceptual flops heads chunks store_files shards store_folder store_writer store_view store loader optim parallel "
+    "checkpoint export weights published monai_export",
+    "wholes": "train evaluate segmentation probes tiling tracking served_model figures store_sheet finetune",
 }
 HOMES = {
     "rasterio": [
@@ -41,10 +41,11 @@ HOMES = {
     "distributed": ["pipelines/preparation_workers.py", "pipelines/slurm_jobs.py"],
     "dask_jobqueue": ["pipelines/slurm_jobs.py"],
     "mlflow": ["mae_core/tracking.py", "mae_core/served_model.py"],
-    "matplotlib": ["mae_core/figures.py"],
-    "zarr": ["mae_core/store.py", "mae_core/store_writer.py"],
-    "numcodecs": ["mae_core/store.py", "mae_core/store_writer.py", "mae_core/shards.py"],
-    "pyarrow": ["mae_core/store.py", "mae_core/store_writer.py"],
+    "matplotlib": ["mae_core/figures.py", "mae_core/store_sheet.py"],
+    "zarr": ["mae_core/store_writer.py"],
+    "numcodecs": ["mae_core/chunks.py"],
+    "fsspec": ["mae_core/store_files.py"],
+    "pyarrow": ["mae_core/store_folder.py", "mae_core/store_writer.py"],
     "monai": ["mae_core/heads.py", "pipelines/benchmark_peers.py"],
     "transformers": ["pipelines/benchmark_peers.py"],
     "safetensors": ["mae_core/checkpoint.py", "mae_core/export.py", "mae_core/weights.py"],

@@ -16,6 +16,7 @@ from mae_core.augment import RawBatch
 from mae_core.loader import LoaderError, LoaderSettings, Stream, fixed_batches
 from mae_core.parallel import Parallel
 from mae_core.store import StoreError, TileStore
+from mae_core.store_files import LocalFiles
 from tests.tiny_runs import ALONE, shared_store
 
 Name = tuple[int, int, int]
@@ -47,7 +48,7 @@ def drawn(chosen: Stream, first: int, last: int) -> list[list[Name]]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("settings", [{}, {"repeats": 2}, {"micro_batch_size": 1, "prefetch": 3}])
+@pytest.mark.parametrize("settings", [{}, {"crops_per_tile": 2}, {"micro_batch_size": 1, "prefetch": 3}])
 def test_the_processes_share_each_step_whatever_their_number(store: TileStore, world: int, settings: dict[str, int]) -> None:
     alone = drawn(stream(store, **settings), 0, 9)
     shares = [drawn(stream(store, rank(number, world), **settings), 0, 9) for number in range(world)]
@@ -73,7 +74,7 @@ def test_micro_batches_have_their_size_and_make_up_the_share(store: TileStore) -
 def test_an_epoch_holds_every_tile_as_often_as_asked_and_no_other(store: TileStore, repeats: int) -> None:
     tiles = store.index.tile[store.rows("train")].tolist()
     size = len(tiles) * repeats
-    flat = list(chain(*drawn(stream(store, repeats=repeats), 0, 2 * size // 4)))
+    flat = list(chain(*drawn(stream(store, crops_per_tile=repeats), 0, 2 * size // 4)))
     for epoch in (0, 1):
         part = flat[epoch * size : (epoch + 1) * size]
         assert Counter(part) == Counter((epoch, tile, repeat) for tile in tiles for repeat in range(repeats))
@@ -90,19 +91,21 @@ def test_another_seed_gives_another_order_of_the_same_tiles(store: TileStore) ->
 
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_begun_at_a_step_it_is_the_tail_of_the_whole_stream(store: TileStore, step: int) -> None:
-    assert drawn(stream(store, repeats=2), step, 9) == drawn(stream(store, repeats=2), 0, 9)[step:]
+    assert drawn(stream(store, crops_per_tile=2), step, 9) == drawn(stream(store, crops_per_tile=2), 0, 9)[step:]
     assert drawn(stream(store), 9, 9) == []
 
 
 def test_a_sample_is_its_tile_as_it_is_stored(store: TileStore) -> None:
     row_of = {int(tile): row for row, tile in enumerate(store.index.tile)}
-    for batches, _ in stream(store, repeats=2, micro_batch_size=2).steps(0, 3):
+    for batches, _ in stream(store, crops_per_tile=2, micro_batch_size=2).steps(0, 3):
         for raw in batches:
             assert raw.labels is None
+            assert raw.place is not None
+            assert (len(raw.pixels), raw.place.tolist()) == (1, [0, 0]), "two crops, one tile unpacked"
             for place, number in enumerate(raw.sample.tile.tolist()):
                 tile = store.read(row_of[number])
-                assert np.array_equal(raw.pixels[place].numpy(), tile.pixels)
-                assert np.array_equal(raw.quality[place].numpy(), tile.quality)
+                assert np.array_equal(raw.pixels[0].numpy(), tile.pixels)
+                assert np.array_equal(raw.quality[0].numpy(), tile.quality)
                 assert (raw.scale[place].tolist(), raw.offset[place].tolist()) == (tile.scale.tolist(), tile.offset.tolist())
                 assert tuple(raw.extent[place].tolist()) == tile.extent
 
@@ -120,7 +123,7 @@ def test_a_changed_chunk_stops_the_stream_and_is_named(store: TileStore, tmp_pat
     array = store.arrays["pixels"]
     tile = int(store.index.tile[store.rows("train")[0]])
     shard, place = divmod(tile, array.tiles_per_shard)
-    offset, length = (int(value) for value in array.read_index(store.path, shard)[place])
+    offset, length = (int(value) for value in array.read_index(LocalFiles(store.path), shard)[place])
     file = tmp_path / "store" / array.key(shard)
     data = bytearray(file.read_bytes())
     data[offset + length // 2] ^= 1

@@ -39,7 +39,7 @@ from mae_core.probes import (
 from mae_core.segmentation import IGNORE, Segmentation, confusion
 from mae_core.store import TileStore
 from mae_core.vit import Encoder, EncoderSettings
-from tests.synthetic_batches import CHANNELS, generator, grids, names, one_thread, store_of
+from tests.synthetic_batches import CHANNELS, generator, grids, names, one_thread, store_of, with_index
 
 __all__ = ["one_thread"]
 
@@ -297,8 +297,7 @@ def test_a_tile_is_the_mean_of_its_tokens_or_its_class_token(setting: tuple[Segm
 
 def test_samples_know_their_group_and_their_tile_has_the_quota_of_its_row(setting: tuple[Segmentation, Encoder]) -> None:
     task, encoder = setting
-    index = replace(task.store.index, group=np.array(["c", "a", "b", "a", "b", "b"]))
-    other = replace(task, store=replace(task.store, index=index))
+    other = replace(task, store=with_index(task.store, group=np.array(["c", "a", "b", "a", "b", "b"])))
     rows = np.array([4, 0, 3])
     found = collect(other, {"net": encoder}, rows, "token", "mean", 5, 0)
     assert found.groups.tolist() == [1, 2, 2, 0, 0], "quotas 1, 2, 2 of the tiles of b, c, a"

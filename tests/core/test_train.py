@@ -14,6 +14,7 @@ import torch
 from mae_core.checkpoint import restore, steps
 from mae_core.store import TileStore
 from mae_core.train import Checkpoints, TrainingError, TrainSettings, autocast, train
+from tests.synthetic_batches import with_index
 from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run
 
 
@@ -35,7 +36,7 @@ def weights(run: TinyRun) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("axes", [2, 3])
 def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, axes: int) -> None:
     store = shared_store(tmp_path_factory, axes)
-    recipe = tiny_recipe(train__steps=6, train__eval_steps=3, augment__flips=True, augment__quarter_turns=True, loader__repeats=2)
+    recipe = tiny_recipe(train__steps=6, train__eval_steps=3, augment__flips=True, augment__quarter_turns=True, loader__crops_per_tile=2)
     whole = tiny_run(store, recipe)
     reports = whole.train()
     cut = tiny_run(store, recipe)
@@ -94,7 +95,7 @@ def spoilt(store: TileStore, run: TinyRun, step: int) -> tuple[TinyRun, int]:
     tile = next(run.stream.steps(step - 1, step))[0][0].sample.tile.tolist()[0]
     scale = store.index.scale.copy()
     scale[np.flatnonzero(store.index.tile == tile), 0] = np.inf
-    bad = dataclasses.replace(store, index=dataclasses.replace(store.index, scale=scale))
+    bad = with_index(store, scale=scale)
     return dataclasses.replace(run, stream=dataclasses.replace(run.stream, store=bad)), tile
 
 

@@ -1,0 +1,140 @@
+"""The files of a store, wherever they lie: in a folder, or behind the URL of an object store (through fsspec).
+
+Nothing is opened before it is read and nothing stays open, so that what is here can be pickled and shared by threads and processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+BLOCK_BYTES = 8 << 20
+"""Bytes read at once for a digest."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Files of a folder."""
+
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """What an error calls the place."""
+        return str(self.folder)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is no such file."""
+        file = self.folder / name
+        return file.stat().st_size if file.is_file() else None
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes of a file from `start` (from its end if negative), at most `length` of them; all that follow if None.
+
+        The position is given with each read, so that threads do not meet.
+
+        Raises:
+            OSError: The file is missing or cannot be read.
+        """
+        handle = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            if start < 0 or length is None:
+                size = os.fstat(handle).st_size
+                start = max(0, size + start) if start < 0 else start
+                length = size - start if length is None else length
+            data = os.pread(handle, length, start)
+            while 0 < len(data) < length and (more := os.pread(handle, length - len(data), start + len(data))):
+                data += more  # one call gives 2 GiB at most
+            return data
+        finally:
+            os.close(handle)
+
+    def holds(self, name: str) -> bool:
+        """Whether a name, from a manifest that may be forged, stays inside the folder; a link that leads out does not."""
+        return (self.folder / name).resolve().is_relative_to(self.folder.resolve())
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """Files below the URL of an object store.
+
+    Attributes:
+        url: With its scheme, such as `s3://bucket/store`; the scheme's library (s3fs, gcsfs, adlfs, …) must be installed.
+        options: What the library is told, such as an endpoint; credentials come from its own configuration, never from here.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The URL, without anything that may be a secret."""
+        return re.sub(r"//[^/@]*@", "//", self.url.split("?")[0])
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if there is no such file."""
+        system, root = self._place()
+        try:
+            return int(system.size(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """As of a folder; a part of a file is asked for as a range of bytes."""
+        system, root = self._place()
+        end = None if length is None or start < 0 else start + length
+        try:
+            data: bytes = system.cat_file(f"{root}/{name}", start=start or None, end=end)
+        except (ValueError, TypeError) as error:
+            raise OSError(f"{self.label}/{name}: {error}") from error
+        return data if length is None else data[:length]
+
+    def holds(self, name: str) -> bool:
+        """Whether a name, from a manifest that may be forged, stays below the URL."""
+        return not name.startswith("/") and ".." not in name.split("/") and "\\" not in name and not URL.match(name)
+
+    def _place(self) -> tuple[Any, str]:
+        return _opened(self.url, tuple(sorted(self.options.items())), os.getpid())
+
+
+StoreFiles = LocalFiles | RemoteFiles
+"""Where the files of a store are read from."""
+
+
+@lru_cache(maxsize=16)
+def _opened(url: str, options: tuple[tuple[str, Any], ...], process: int) -> tuple[Any, str]:
+    """File system and path of a URL; once per process, since connections do not survive a fork."""
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    del process
+    try:
+        system, root = url_to_fs(url, **dict(options))
+    except ImportError as error:
+        raise OSError(f"{url.split('://', maxsplit=1)[0]}:// needs a library that is not installed: {error}") from error
+    except ValueError as error:
+        raise OSError(f"{url}: {error}") from error
+    return system, root.rstrip("/")
+
+
+def files_at(address: Path | str) -> StoreFiles:
+    """Files of a folder, or behind a URL if that is what the address is."""
+    return RemoteFiles(address.rstrip("/")) if isinstance(address, str) and URL.match(address) else LocalFiles(Path(address))
+
+
+def digest_of(files: StoreFiles, name: str) -> str:
+    """Hex sha256 of a file, read block by block.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, files.size(name) or 0, BLOCK_BYTES):
+        digest.update(files.read(name, start, BLOCK_BYTES))
+    return digest.hexdigest()
