@@ -138,7 +138,8 @@ def run_tasks(
                 f"the worker that writes {describe(task)} died again and again, most likely for want of memory {workers.memory}"
             ) from error
         except CancelledError as error:
-            raise PreparationError("the dask scheduler went away; what is finished is kept: start it and run this again") from error
+            where = f" at {settings.scheduler}" if settings.scheduler else ""
+            raise PreparationError(f"the dask scheduler{where} went away; what is finished is kept: start it and run this again") from error
 
 
 def _results(workers: _Workers, work: Callable[[Task], Result], tasks: Mapping[str, Task]) -> Generator[Result]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,7 +104,16 @@ def slurm_jobs(settings: SlurmCluster, num_tasks: int, shared: Path, environment
         PreparationError: Slurm refuses a job, or the folder's name cannot stand in a job script.
     """
     from dask_jobqueue import SLURMCluster
+    from dask_jobqueue.slurm import SLURMJob
     from distributed import Client
+    from distributed.deploy.spec import ProcessInterface
+
+    class Job(SLURMJob):  # type: ignore[misc]
+        """dask-jobqueue leaves the state of a closed job as it was, on which closing the cluster fails."""
+
+        async def close(self) -> None:
+            await super().close()
+            await ProcessInterface.close(self)
 
     if not re.fullmatch(PLAIN, str(shared)):
         raise PreparationError(f"{shared} cannot stand in a job script: choose another --out, of letters, digits and . _ - / only")
@@ -111,7 +121,9 @@ def slurm_jobs(settings: SlurmCluster, num_tasks: int, shared: Path, environment
     quiet = {**environment, "DASK_DISTRIBUTED__WORKER__HTTP__ROUTES": "[]"}
     arguments = ["--lifetime", f"{lifetime * LIFETIME_FRACTION:.0f}s", "--lifetime-stagger", f"{lifetime * STAGGER_FRACTION:.0f}s"]
     with (
+        tempfile.TemporaryDirectory(prefix="keys-", dir=shared) as keys,
         SLURMCluster(
+            job_cls=Job,
             cores=settings.cores,
             processes=settings.cores,
             memory=f"{int(memory * WORKER_MEMORY_FRACTION)}B",
@@ -126,8 +138,7 @@ def slurm_jobs(settings: SlurmCluster, num_tasks: int, shared: Path, environment
             job_script_prologue=[f"export {name}='{value}'" for name, value in quiet.items()],
             worker_extra_args=[*arguments, "--no-dashboard"],
             log_directory=str(shared / "logs"),
-            shared_temp_directory=str(shared),
-            security=True,
+            security=_security(Path(keys)),
             scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -136,6 +147,20 @@ def slurm_jobs(settings: SlurmCluster, num_tasks: int, shared: Path, environment
         jobs = SlurmJobs(client, cluster, settings, shared / "logs")
         jobs.send_off((), num_tasks)
         yield jobs
+
+
+def _security(folder: Path) -> Any:
+    """Keys made for this run, in files that the workers read; dask-jobqueue would leave its own for the garbage collector."""
+    from distributed.security import Security
+
+    made = Security.temporary()
+    files = {}
+    for name, content in (("ca_file", made.tls_ca_file), ("cert", made.tls_worker_cert), ("key", made.tls_worker_key)):
+        files[name] = folder / f"{name}.pem"
+        files[name].touch(mode=0o600)
+        files[name].write_text(content)
+    roles = {f"tls_{role}_{name}": str(files[name]) for role in ("scheduler", "worker", "client") for name in ("cert", "key")}
+    return Security(require_encryption=True, tls_ca_file=str(files["ca_file"]), **roles)
 
 
 class SlurmJobs:
@@ -160,10 +185,10 @@ class SlurmJobs:
             return
         self._asked = time.monotonic()
         names = self._cluster.sync(self._names)
-        jobs = dict(self._cluster.workers)
+        jobs = {name: job.job_id for name, job in self._cluster.workers.items()}
         self._came |= {job for job in jobs if any(name == job or name.startswith(f"{job}-") for name in names)}
         queue = _queue()
-        over = [] if queue is None else [name for name, job in jobs.items() if job.job_id not in queue]
+        over = [] if queue is None else [name for name, number in jobs.items() if number not in queue]
         for name in over:
             self._failed = 0 if name in self._came else self._failed + 1
         if self._failed >= FAILED_JOBS:
