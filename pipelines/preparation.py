@@ -110,7 +110,7 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     records: dict[int, Record] = {}
     todo: list[ShardTask] = []
     for task in plan.tasks(out, settings.min_valid_fraction):
-        found = {shard: record for shard in task.shards if (record := finished_record(out, shard, plan.digest))}
+        found = {shard: record for shard in task.shards if (record := finished_record(task, shard))}
         records |= found
         if len(found) < len(task.shards):
             todo.append(task.only(set(task.shards) - found.keys()))

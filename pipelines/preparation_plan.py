@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
-from pipelines.shard_task import ShardTask, shard_tasks
+from pipelines.shard_task import ShardTask, Stamps, shard_tasks, stamps_of
 from pipelines.tiling_plan import (
     PlannedTile,
     PreparationError,
@@ -26,6 +26,8 @@ from pipelines.tiling_plan import (
     scene_regions,
     split_group,
 )
+
+T = TypeVar("T")
 
 READ_VOXELS = 1 << 25
 """Label maps up to this size are read at once for their digest."""
@@ -58,6 +60,7 @@ class PreparationPlan:
         scenes: By name.
         channels: Union over the scenes, in the order of the channel axis.
         labels: Label maps by position of their scene.
+        stamps: What the files of each scene were like before anything was read.
         tiles: Candidates, by rising id.
         layout: Of the arrays.
         split: How tiles are held out.
@@ -69,6 +72,7 @@ class PreparationPlan:
     scenes: tuple[Scene, ...]
     channels: tuple[Channel, ...]
     labels: Mapping[int, LabelMap]
+    stamps: tuple[Stamps, ...]
     tiles: list[PlannedTile]
     layout: StoreLayout
     split: SplitSettings
@@ -85,7 +89,7 @@ class PreparationPlan:
 
     def tasks(self, store: Path, min_valid_fraction: float) -> Iterator[ShardTask]:
         """Tasks that own whole shards; together they own each once."""
-        template = ShardTask(store, self.layout, self.digest, (), {}, {}, min_valid_fraction)
+        template = ShardTask(store, self.layout, self.digest, (), {}, {}, dict(enumerate(self.stamps)), min_valid_fraction)
         return shard_tasks(template, self.tiles, self.scenes, self.labels)
 
 
@@ -104,6 +108,7 @@ def make_plan(
     scenes = tuple(sorted(scenes, key=lambda scene: scene.name))
     numbers = _numbers(scenes, labels)
     channels = _channels(scenes)
+    stamps = tuple(_of_files(stamps_of, scene) for scene in scenes)
     tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, labelled=bool(labels))
     held_out_groups(Counter(split_group(scenes[place.scene], place, settings.split) for place in tiles), settings.split)
     axes = attributes.get("axes") or (("x", "y", "z") if scenes[0].grid.frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
@@ -130,7 +135,7 @@ def make_plan(
         "channels": [asdict(channel) for channel in channels],
         "scale and offset": _digest([[asdict(channel) for channel in scene.channels] for scene in scenes]),
         "dtype": layout.dtype,
-        "files": _digest([_fingerprint(scene) for scene in scenes]),
+        "files": _digest([_of_files(_fingerprint, scene) for scene in scenes]),
         "labels": _digest([[scenes[n].name, _label_digest(scenes[n], numbers[n], tile)] for n in sorted(numbers)]) if labels else None,
         "attributes": dict(attributes),
     }
@@ -138,7 +143,7 @@ def make_plan(
         digest = hashlib.sha256(encode_json(document)).hexdigest()
     except (TypeError, ValueError) as error:
         raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
-    return PreparationPlan(scenes, channels, numbers, tiles, layout, settings.split, attributes, document, digest)
+    return PreparationPlan(scenes, channels, numbers, stamps, tiles, layout, settings.split, attributes, document, digest)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -197,8 +202,13 @@ def _digest(document: Any) -> str:
 
 
 def _fingerprint(scene: Scene) -> str:
+    return fingerprint(scene.files)
+
+
+def _of_files(look: Callable[[Scene], T], scene: Scene) -> T:
+    """What `look` gives; a file that cannot be looked at is said with its scene."""
     try:
-        return fingerprint(scene.files)
+        return look(scene)
     except OSError as error:
         raise PreparationError(f"scene {scene.name}: a file cannot be read any more: {error}") from error
 

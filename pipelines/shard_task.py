@@ -19,7 +19,7 @@ from mae_core.store_writer import ShardWriter, StoreLayout, encode_json, write_f
 from modalities.grid import Window
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, Scene, SceneError
-from pipelines.tiling_plan import PlannedTile, tile_grid
+from pipelines.tiling_plan import PlannedTile, PreparationError, tile_grid
 
 TOO_LITTLE = "too little valid data"
 NO_LABEL = "no label"
@@ -29,6 +29,8 @@ Planes = tuple[NDArray[np.generic], NDArray[np.uint8], NDArray[np.int64] | None]
 
 Reader = Callable[[Window], Planes]
 Record = dict[str, Any]
+Stamps = tuple[tuple[int, int], ...]
+"""Bytes and time of the last change, in ns, of each file of a scene."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ShardTask:
         plan: Digest of the plan, kept in the record.
         tiles: Candidate tiles of the shards, by rising id: of one region, or of all small ones that are packed into one shard.
         scenes, labels: Those that the tiles are of, by position in the plan; a scene may have no labels.
+        stamps: What the files of each scene were like when the plan was made.
         min_valid_fraction: A tile with a smaller share of counted voxels is thrown away.
     """
 
@@ -50,6 +53,7 @@ class ShardTask:
     tiles: tuple[PlannedTile, ...]
     scenes: Mapping[int, Scene]
     labels: Mapping[int, LabelMap]
+    stamps: Mapping[int, Stamps]
     min_valid_fraction: float
 
     @property
@@ -75,17 +79,21 @@ def run_task(task: ShardTask) -> list[Record]:
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
+        PreparationError: The files of a scene have changed since the plan was made; no tile of it is written.
     """
     records: list[Record] = []
     read: Reader | None = None
     region = -1
-    for shard, tiles in groupby(task.tiles, key=lambda tile: tile.tile // task.layout.tiles_per_shard):
+    for shard, group in groupby(task.tiles, key=lambda tile: tile.tile // task.layout.tiles_per_shard):
+        tiles = list(group)
+        scenes = sorted({tile.scene for tile in tiles})
         rows: list[dict[str, Any]] = []
         failed: list[dict[str, Any]] = []
         discarded: Counter[str] = Counter()
         with ShardWriter(task.store, task.layout, shard) as writer:
             for tile in tiles:
                 if read is None or tile.region != region:
+                    _refuse_changed(task, tile.scene)
                     read = None  # the box that is done with goes before the next one comes
                     region, read = tile.region, reader_of(task, tile.region)
                 try:
@@ -94,6 +102,8 @@ def run_task(task: ShardTask) -> list[Record]:
                     discarded[str(refused)] += 1
                 except SceneError as error:
                     failed.append({"tile": tile.tile, "scene": task.scenes[tile.scene].name, "reason": str(error)})
+            for scene in scenes:
+                _refuse_changed(task, scene)
         record: Record = {
             "plan": task.plan,
             "shard": shard,
@@ -101,6 +111,7 @@ def run_task(task: ShardTask) -> list[Record]:
             "failed": failed,
             "discarded": dict(discarded),
             "files": writer.files,
+            "stamps": {task.scenes[scene].name: task.stamps[scene] for scene in scenes},
         }
         write_file(record_path(task.store, shard), encode_json(record))
         records.append(record)
@@ -112,15 +123,47 @@ def record_path(store: Path, shard: int) -> Path:
     return store / "progress" / f"shard-{shard:05d}.json"
 
 
-def finished_record(store: Path, shard: int, plan: str) -> Record | None:
-    """The record of a shard that was finished under this plan, whose files are still as recorded and which no scene failed."""
+def finished_record(task: ShardTask, shard: int) -> Record | None:
+    """The record of a shard that was finished under this plan, from files that are as they were, and whose own files still are too."""
     try:
-        record: Record = json.loads(record_path(store, shard).read_bytes())
-        whole = record["plan"] == plan and not record["failed"]
-        same = whole and all(sha256_of(store / name) == entry["sha256"] for name, entry in record["files"].items())
+        record: Record = json.loads(record_path(task.store, shard).read_bytes())
+        whole = record["plan"] == task.plan and not record["failed"]
+        now = {scene.name: [list(stamp) for stamp in task.stamps[number]] for number, scene in task.scenes.items()}
+        same = whole and all(stamps == now[name] for name, stamps in record["stamps"].items())
+        same = same and all(sha256_of(task.store / name) == entry["sha256"] for name, entry in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record if same else None
+
+
+def stamps_of(scene: Scene) -> Stamps:
+    """What the files of a scene are like now.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    states = [file.stat() for file in scene.files]
+    return tuple((state.st_size, state.st_mtime_ns) for state in states)
+
+
+def _refuse_changed(task: ShardTask, number: int) -> None:
+    """Stops where a file of a scene is not what the plan was made from; names the scene alone, since a file's name may be a patient's."""
+    scene = task.scenes[number]
+    for place, (file, (size, changed_ns)) in enumerate(zip(scene.files, task.stamps[number], strict=True), 1):
+        try:
+            state = file.stat()
+        except OSError as error:
+            what = f"cannot be looked at any more ({error.strerror})"
+        else:
+            if (state.st_size, state.st_mtime_ns) == (size, changed_ns):
+                continue
+            grown = f"has {state.st_size} bytes, where it had {size}"
+            what = grown if state.st_size != size else "was written to, though it has as many bytes as before"
+        raise PreparationError(
+            f"scene {scene.name} changed while it was prepared: file {place} of {len(scene.files)} {what}. Nothing of it is taken from now "
+            "on and finished shards are kept. Wait until the archive is at rest and run again: if the file is as it was, the rest is "
+            "done; if it stays changed, delete what is unfinished or choose another --out"
+        )
 
 
 def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: float, offset: float) -> tuple[int, float, float, Any, Any]:
@@ -255,4 +298,5 @@ def shard_tasks(
             tiles=ours,
             scenes={number: scenes[number] for number in numbers},
             labels={number: labels[number] for number in numbers if number in labels},
+            stamps={number: template.stamps[number] for number in numbers},
         )

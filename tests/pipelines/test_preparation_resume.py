@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -278,3 +279,65 @@ def test_a_worker_that_dies_is_said_with_its_scenes(scenes: Scenes, tmp_path: Pa
         ),
     ):
         prepare(deadly, tmp_path / "out", changed(num_workers=1))
+
+
+@dataclass(frozen=True)
+class RestlessScene(SyntheticScene):
+    """Writes to its own first file while its last rows are read, in one of several ways."""
+
+    way: str = ""
+
+    def read(self, window: Any) -> Any:
+        given = super().read(window)
+        if window[0].stop == self.grid.space[0] and not (self.folder / "at rest").exists():
+            file = self.files[0]
+            if self.way == "gone":
+                file.rename(self.folder / "moved.npy")
+            elif self.way == "grown":
+                file.write_bytes(file.read_bytes() + b"more")
+            else:
+                os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+        return given
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("gone", "cannot be looked at any more \\(No such file"),
+        ("grown", r"has \d+ bytes, where it had \d+"),
+        ("touched", "was written to, though"),
+    ],
+)
+def test_a_source_that_changes_stops_the_run_and_nothing_of_it_is_taken(
+    scenes: Scenes, tmp_path: Path, way: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scene in the middle is cut into two regions; the second is read from a file that is changing."""
+    monkeypatch.setattr(pipelines.region_plan, "READ_BYTES", 16 * 16 * 7)
+    whole = tree(prepare(scenes, tmp_path / "whole", changed(tiles_per_shard=2)).path)
+    middle = scenes.scenes[1]
+    content = middle.files[0].read_bytes()
+    restless = Scenes((scenes.scenes[0], RestlessScene(**vars(middle), way=way), scenes.scenes[2]))
+    out = tmp_path / "out"
+    with pytest.raises(PreparationError, match=rf"scene b changed while it was prepared: file 1 of 2 {message}(?s:.*)Wait until") as error:
+        prepare(restless, out, changed(tiles_per_shard=2))
+    assert str(tmp_path) not in str(error.value).replace("--out", ""), "the name of a file may be that of a patient"
+    kept = {json.loads(file.read_text())["shard"]: json.loads(file.read_text()) for file in (out / "progress").glob("shard-*")}
+    assert {row["scene"] for record in kept.values() for row in record["rows"]} == {"a", "b"}
+    assert all(row["origin"][0] + 8 < 17 for record in kept.values() for row in record["rows"] if row["scene"] == "b")
+    assert not (out / "manifest.json").exists()
+    (tmp_path / "at rest").touch()
+    middle.files[0].write_bytes(content)
+    done: list[int] = []
+    prepare(scenes, out, changed(tiles_per_shard=2), progress=lambda count, _: done.append(count))
+    assert done[0] == 6, "what was read of a file of another time is read anew"
+    assert tree(out) == whole
+
+
+def test_a_source_that_changes_between_two_runs_is_read_anew(scenes: Scenes, tmp_path: Path) -> None:
+    """Its fingerprint is blind to a change in the middle, its time of change is not."""
+    with pytest.raises(KeyboardInterrupt):
+        prepare(scenes, tmp_path / "out", HERE, progress=fail_after(12))
+    os.utime(scenes.scenes[0].files[0], ns=(1, 1))
+    done: list[int] = []
+    prepare(scenes, tmp_path / "out", HERE, progress=lambda count, _: done.append(count))
+    assert done[0] == 6
