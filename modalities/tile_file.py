@@ -29,6 +29,9 @@ RASTER, VOLUME = ".tif", ".nii.gz"
 NO_LABEL = -1
 """What stands in a label file where there is no label: nodata of a GeoTIFF, and what our readers take for none in a volume."""
 
+ONE_FILE = {"GDAL_PAM_ENABLED": "NO", "GDAL_TIFF_INTERNAL_MASK": "YES"}
+"""A GeoTIFF and nothing beside it that would have to be moved along: no `.aux.xml`, no `.msk`."""
+
 Part = tuple[str, Callable[[Path], None]]
 """What the name of one of a tile's files ends in, and what writes it."""
 
@@ -157,7 +160,7 @@ def _write_raster(
     place: dict[str, Any] = {"transform": corner_affine(image.grid)} if is_placed(image.grid) else {}
     place |= {"crs": image.grid.frame} if image.grid.frame else {}
     shape = {"count": count, "height": height, "width": width, "dtype": values.dtype.name, "nodata": nodata}
-    with rasterio.Env(GDAL_PAM_ENABLED="NO", GDAL_TIFF_INTERNAL_MASK="YES"):
+    with rasterio.Env(**ONE_FILE):
         with quiet():
             target = rasterio.open(path, "w", driver="GTiff", compress="deflate", interleave="band", **shape, **place)
         with target:
