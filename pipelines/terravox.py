@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 VERBS = (
     ("prepare", "files to a tile store: what training reads"),
+    ("store", "what a tile store holds, whether it is whole, single tiles as files, one page of pictures"),
     ("pretrain", "tile store to a pretrained encoder"),
     ("pretrain_sentinel", "folder of Sentinel-2 products to tiles, encoder and registry in one command"),
     ("pretrain_mri", "folder of MRI volumes to tiles, encoder and registry in one command"),
@@ -47,6 +48,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
     match name:
         case "prepare":
             from pipelines.prepare import main as chosen
+        case "store":
+            from pipelines.store import main as chosen
         case "pretrain":
             from pipelines.pretrain import main as chosen
         case "pretrain_sentinel":
