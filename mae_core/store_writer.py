@@ -1,6 +1,8 @@
 """The tile store, write side: shards written whole or not at all, then index, statistics and, last, the manifest.
 
 Every file is written beside its place, synced to disk and renamed, so that a run killed anywhere leaves whole files and `*.tmp`.
+A finished store can be added to: its shards are left alone, and all other files lie ready as `*.next` before the first takes its
+place, so that what was there opens until the last moment, and what is begun then can be taken to its end.
 """
 
 from __future__ import annotations
@@ -24,6 +26,12 @@ from mae_core.store_folder import FORMAT, FORMAT_VERSION, sha256_of, store_diges
 
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; what still has it after a kill is rubbish."""
+
+NEXT = ".next"
+"""Ending of a file that is whole and waits to take its place."""
+
+COMMIT = "progress/commit.json"
+"""The manifest to be, below the store, from when everything is written until everything has its place."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ def finish(
     """Writes metadata, index and statistics and then the manifest, which makes the store complete; gives the manifest.
 
     Args:
-        store: Folder whose shards are all written.
+        store: Folder whose shards are all written; it may hold a finished store that has fewer of them.
         layout: What the shards were written by.
         attributes: Of the group; `kind`, `channels` and `no_value` are read back by `TileStore`.
         rows: One per tile, by rising tile id, with the columns of `mae_core.store.TileIndex`.
@@ -227,14 +235,14 @@ def finish(
 
     def put(name: str, data: bytes) -> None:
         (store / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(store / name, data)
+        write_file(store / (name + NEXT), data)
         written[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     for name, data in _metadata(layout, attributes).items():
         put(name, data)
     put("statistics.json", encode_json({"channels": list(layout.channels), **statistics}))
-    _write_index(store / "index.parquet", rows)
-    index = store / "index.parquet"
+    index = store / ("index.parquet" + NEXT)
+    _write_index(index, rows)
     written["index.parquet"] = {"bytes": index.stat().st_size, "sha256": sha256_of(index)}
     document = {
         **manifest,
@@ -243,7 +251,27 @@ def finish(
         "files": written,
         "store_digest": store_digest(written),
     }
+    (store / COMMIT).parent.mkdir(exist_ok=True)
+    write_file(store / COMMIT, encode_json(document))
+    return complete(store)
+
+
+def complete(store: Path) -> dict[str, Any]:
+    """Gives every waiting file its place, the manifest last, and gives the manifest; done twice, or begun and done again, it is the same.
+
+    Raises:
+        OSError: There is nothing to complete (`COMMIT` is not there), or the folder cannot be written.
+        ValueError: `COMMIT` is damaged.
+    """
+    document: dict[str, Any] = json.loads((store / COMMIT).read_bytes())
+    for name in sorted(document["files"]):
+        waiting = store / (name + NEXT)
+        if "/c/" not in name and waiting.is_file():
+            _rename(waiting, store / name)
     write_file(store / "manifest.json", encode_json(document))
+    (store / COMMIT).unlink()
+    with contextlib.suppress(OSError):  # it holds more where shards were prepared
+        (store / COMMIT).parent.rmdir()
     return document
 
 
@@ -313,12 +341,17 @@ def _write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _commit(stream: IO[bytes], path: Path) -> None:
-    """Syncs what was written, gives it its name and syncs the folder."""
+    """Syncs what was written and gives it its name."""
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()
-    Path(stream.name).replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _rename(Path(stream.name), path)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Gives a file its name and syncs the folder."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -19,9 +19,9 @@ from pydantic import Field, field_validator
 
 from mae_core.settings import Settings
 from modalities.scene import LabelMap, Scene
-from pipelines.preparation_folder import cannot_write, claimed, finished_manifest
+from pipelines.preparation_folder import cannot_write, claimed, finished_store, tidy
 from pipelines.preparation_plan import PreparationPlan, make_plan
-from pipelines.preparation_report import PreparationReport, finish_store, report_of
+from pipelines.preparation_report import PreparationReport, failures, finish_store, refuse_failed, report_of
 from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
 from pipelines.shard_task import Record, ShardTask, finished_record, run_task
 from pipelines.tiling_plan import PreparationError, SplitSettings
@@ -76,38 +76,39 @@ def prepare(
     attributes: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparationReport:
-    """Writes the tile store of a catalogue and says what became of every tile; a finished store of the same plan is left as it is.
+    """Writes the tile store of a catalogue and says what became of every tile.
 
+    A finished store of the same settings takes in the scenes that it does not have and is left as it is where there are none.
     With workers of its own, the calling script needs `if __name__ == "__main__":`, since they are spawned.
 
     Args:
         catalogue: Its scenes are taken in the order of their names.
-        out: Folder of the store: new, empty, or one that an earlier run of the same plan left.
+        out: Folder of the store: new, empty, one that an earlier run of the same plan left, or a finished store.
         settings: How.
         labels: Label maps by scene name; a scene that has one keeps only tiles with a label.
         attributes: Kept in the store's metadata; `kind` says the modality, `axes` names the spatial axes.
         progress: Called with tiles done and tiles in all, first when the work starts.
 
     Raises:
-        PreparationError: The folder is taken, the disk too small, too many scenes fail, nothing is left, or a worker dies.
+        PreparationError: The folder is taken, the disk too small, too many scenes fail, nothing is left, a worker dies, a file
+            changes meanwhile, or one that is in the store has changed.
     """
     started = time.monotonic()
     out = Path(out).absolute()
-    plan = make_plan(catalogue.scenes, settings.tile, settings, labels or {}, attributes or {})
-    manifest = finished_manifest(out, plan)
-    if manifest is not None:
-        return report_of(out, manifest, already_done=True, seconds=time.monotonic() - started)
+    earlier = finished_store(out)
+    plan = make_plan(catalogue.scenes, settings.tile, settings, labels or {}, attributes or {}, earlier)
+    if earlier is not None and not plan.tiles:
+        tidy(out, earlier)
+        return report_of(out, earlier.store.manifest, seconds=time.monotonic() - started, grown=plan.grown)
     with claimed(out, plan):
         records = _write_shards(plan, out, settings, progress or _silent)
-        try:
-            return finish_store(out, plan, records, settings.max_rejected_fraction, started)
-        except OSError as error:
-            raise cannot_write(out, error) from error
+        return finish_store(out, plan, records, started)
 
 
 def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, progress: Callable[[int, int], None]) -> list[Record]:
     """Records of all shards by rising number; those that an earlier run finished are kept."""
     records: dict[int, Record] = {}
+    failed: dict[str, str] = {}
     todo: list[ShardTask] = []
     for task in plan.tasks(out, settings.min_valid_fraction):
         found = {shard: record for shard in task.shards if (record := finished_record(task, shard))}
@@ -121,6 +122,8 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
     with contextlib.closing(run):
         for done in run:
             records |= {record["shard"]: record for record in done}
+            failed |= failures(done)
+            refuse_failed(plan, failed, settings.max_rejected_fraction)
             progress(_num_tiles(records.values()), len(plan.tiles))
     return [records[shard] for shard in sorted(records)]
 

@@ -5,45 +5,49 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mae_core.store import FORMAT, StoreError, TileStore
-from mae_core.store_writer import TEMPORARY, encode_json, write_file
-from pipelines.preparation_plan import PreparationPlan, differences
+from mae_core.store_writer import COMMIT, NEXT, TEMPORARY, complete, encode_json, write_file
+from pipelines.preparation_extension import Earlier
+from pipelines.preparation_plan import PreparationPlan, refuse_other
 from pipelines.tiling_plan import PreparationError
 
 
-def finished_manifest(out: Path, plan: PreparationPlan) -> dict[str, Any] | None:
-    """The manifest, if the folder holds the finished store of this plan; None if there is work to do.
+def finished_store(out: Path) -> Earlier | None:
+    """The finished store in a folder, once what an earlier run began to put in place is in place; None if there is none.
 
     Raises:
-        PreparationError: The folder holds something else, another plan's store, or a store that has lost a file.
+        PreparationError: The folder holds something else, a store that has lost a file, or one that another run is at work on.
     """
     if not out.exists():
         return None
     if not out.is_dir():
         raise PreparationError(f"{out} is a file; --out wants a folder, new or empty")
-    names = {entry.name for entry in out.iterdir()}
-    if "manifest.json" in names:
-        manifest = _read(out / "manifest.json")
-        if manifest.get("format") != FORMAT or "plan" not in manifest:
-            raise PreparationError(f"{out} holds a manifest.json that is not of a tile store; choose another --out")
-        _same(out, manifest["plan"], plan)
-        try:
-            store = TileStore.open(out, verify="sizes")
-        except StoreError as error:
-            raise PreparationError(str(error)) from error
-        shutil.rmtree(out / "progress", ignore_errors=True)
-        return store.manifest
-    if (out / "progress" / "plan.json").is_file():
-        _same(out, _read(out / "progress" / "plan.json"), plan)
-    elif names - {"progress"} or any(_foreign(entry) for entry in (out / "progress").glob("*")):
-        listed = ", ".join(sorted(names)[:3])
-        raise PreparationError(f"{out} is not empty and holds no tile store ({listed}, …); choose another --out or empty it")
-    return None
+    if (out / COMMIT).is_file():
+        with _locked(out):
+            _complete(out)
+    if not (out / "manifest.json").is_file():
+        return None
+    manifest = _read(out / "manifest.json")
+    if manifest.get("format") != FORMAT or "scenes" not in manifest.get("plan", {}):
+        raise PreparationError(f"{out} holds a manifest.json that is not of a tile store, or of an older one; choose another --out")
+    try:
+        return Earlier(TileStore.open(out, verify="sizes"))
+    except StoreError as error:
+        raise PreparationError(str(error)) from error
+
+
+def tidy(out: Path, earlier: Earlier) -> None:
+    """Takes away what a run that was stopped at its very end left beside a finished store; what another run is at work on stays."""
+    with contextlib.suppress(PreparationError, OSError):
+        if _read(out / "progress" / "plan.json") == earlier.document:
+            with _locked(out):
+                shutil.rmtree(out / "progress")
 
 
 @contextlib.contextmanager
@@ -51,26 +55,23 @@ def claimed(out: Path, plan: PreparationPlan) -> Iterator[None]:
     """The folder, with the plan in it and free of half-written files, for this process alone; left in peace it is finished.
 
     Raises:
-        PreparationError: It cannot be written, or another run is at work in it.
+        PreparationError: It cannot be written, holds something else, or another run is at work in it or has just finished.
     """
     progress = out / "progress"
+    if plan.earlier is None:
+        _refuse_foreign(out, plan)
     try:
         progress.mkdir(parents=True, exist_ok=True)
-        lock = (progress / "lock").open("w")
+        with _locked(out):
+            now = _read(out / "manifest.json")["store_digest"] if (out / "manifest.json").is_file() else None
+            if now != (None if plan.earlier is None else plan.earlier.store.digest):
+                raise PreparationError(f"another run has just finished {out}; run this one again to see what is left to do")
+            _sweep(out, plan)
+            write_file(progress / "plan.json", encode_json(plan.document))
+            yield
+            shutil.rmtree(progress)
     except OSError as error:
         raise cannot_write(out, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in out.rglob(f"*{TEMPORARY}"):
-                leftover.unlink()
-            write_file(progress / "plan.json", encode_json(plan.document))
-        except BlockingIOError as error:
-            raise PreparationError(f"another run is preparing {out} right now; wait for it or choose another --out") from error
-        except OSError as error:
-            raise cannot_write(out, error) from error
-        yield
-    shutil.rmtree(progress)
 
 
 def cannot_write(out: Path, error: OSError) -> PreparationError:
@@ -80,19 +81,58 @@ def cannot_write(out: Path, error: OSError) -> PreparationError:
     )
 
 
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with (out / "progress" / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PreparationError(f"another run is preparing {out} right now; wait for it or choose another --out") from error
+        yield
+
+
+def _complete(out: Path) -> None:
+    try:
+        complete(out)
+        shutil.rmtree(out / "progress")
+    except FileNotFoundError:  # another run was at its end and has done it
+        return
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    except (ValueError, KeyError) as error:
+        raise PreparationError(f"{out / COMMIT} is damaged ({error!r}); restore it, or delete the folder and prepare again") from error
+
+
+def _sweep(out: Path, plan: PreparationPlan) -> None:
+    """Removes half-written and waiting files, and shards that a run began by another plan than this one added to a finished store."""
+    for leftover in (*out.rglob(f"*{TEMPORARY}"), *out.rglob(f"*{NEXT}")):
+        leftover.unlink()
+    begun = out / "progress" / "plan.json"
+    if plan.earlier is None or not begun.is_file() or begun.read_bytes() == encode_json(plan.document):
+        return
+    listed = plan.earlier.store.manifest["files"]
+    for name in plan.layout.arrays:
+        for folder, _, files in os.walk(out / name / "c"):
+            paths = [Path(folder) / file for file in files]
+            for path in (path for path in paths if path.relative_to(out).as_posix() not in listed):
+                path.unlink()
+
+
+def _refuse_foreign(out: Path, plan: PreparationPlan) -> None:
+    names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if (out / "progress" / "plan.json").is_file():
+        refuse_other(out, _read(out / "progress" / "plan.json"), plan.document)
+    elif names - {"progress"} or any(_foreign(entry) for entry in (out / "progress").glob("*")):
+        listed = ", ".join(sorted(names)[:3])
+        raise PreparationError(f"{out} is not empty and holds no tile store ({listed}, …); choose another --out or empty it")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise PreparationError(f"{path} is damaged ({error}); delete the folder and prepare again") from error
     return document if isinstance(document, dict) else {}
-
-
-def _same(out: Path, found: dict[str, Any], plan: PreparationPlan) -> None:
-    wanted = json.loads(encode_json(plan.document))
-    if found != wanted:
-        lines = "".join(f"\n  {line}" for line in differences(found, wanted))
-        raise PreparationError(f"{out} was prepared by another plan; choose another --out or delete the folder. What differs:{lines}")
 
 
 def _foreign(entry: Path) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +18,7 @@ from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
+from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
 from pipelines.shard_task import ShardTask, Stamps, shard_tasks, stamps_of
 from pipelines.tiling_plan import (
     PlannedTile,
@@ -57,7 +60,8 @@ class PreparationPlan:
     """All that decides the bytes of a store.
 
     Attributes:
-        scenes: By name.
+        scenes: Those that are to be written, by name; not those that an earlier store has already.
+        groups: What the group of each scene is called in the store.
         channels: Union over the scenes, in the order of the channel axis.
         labels: Label maps by position of their scene.
         stamps: What the files of each scene were like before anything was read.
@@ -65,11 +69,13 @@ class PreparationPlan:
         layout: Of the arrays.
         split: How tiles are held out.
         attributes: Of the store's group, given by the caller.
+        earlier, grown: The finished store that the scenes are added to, and what is new about them; None for a new store.
         document: What the plan says in a few words, compared to tell one plan from another and kept in the manifest.
         digest: Of the document.
     """
 
     scenes: tuple[Scene, ...]
+    groups: tuple[str, ...]
     channels: tuple[Channel, ...]
     labels: Mapping[int, LabelMap]
     stamps: tuple[Stamps, ...]
@@ -77,6 +83,8 @@ class PreparationPlan:
     layout: StoreLayout
     split: SplitSettings
     attributes: Mapping[str, Any]
+    earlier: Earlier | None
+    grown: Growth | None
     document: dict[str, Any]
     digest: str
 
@@ -99,51 +107,76 @@ def make_plan(
     settings: TilingSettings,
     labels: Mapping[str, LabelMap],
     attributes: Mapping[str, Any],
+    earlier: Earlier | None = None,
 ) -> PreparationPlan:
-    """The plan for scenes.
+    """The plan for scenes: of a new store, or of what an earlier store lacks.
 
     Raises:
-        PreparationError: The scenes do not go together, a file is gone, or they cannot be split.
+        PreparationError: The scenes do not go together or not with the earlier store, a file is gone, or they cannot be split.
     """
     scenes = tuple(sorted(scenes, key=lambda scene: scene.name))
-    numbers = _numbers(scenes, labels)
-    channels = _channels(scenes)
-    stamps = tuple(_of_files(stamps_of, scene) for scene in scenes)
-    tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, labelled=bool(labels))
-    held_out_groups(Counter(split_group(scenes[place.scene], place, settings.split) for place in tiles), settings.split)
-    axes = attributes.get("axes") or (("x", "y", "z") if scenes[0].grid.frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
-    layout = StoreLayout(
-        num_tiles=tiles[-1].tile + 1,
-        channels=tuple(channel.name for channel in channels),
-        tile=tile,
-        axes=tuple(axes)[: len(tile)],
-        dtype=_dtype(scenes),
-        tiles_per_shard=settings.tiles_per_shard,
-        has_labels=bool(labels),
-    )
-    document = {
+    named = _named(scenes, labels)
+    try:
+        encode_json(attributes)
+    except (TypeError, ValueError) as error:
+        raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
+    document: dict[str, Any] = {
         "settings": {
             "tile": list(tile),
             "tiles_per_shard": settings.tiles_per_shard,
             "min_valid_fraction": settings.min_valid_fraction,
             "split": settings.split.model_dump(),
         },
-        "num_scenes": len(scenes),
-        "names and groups": _digest([[scene.name, scene.group] for scene in scenes]),
-        "grids": _digest([_grid(scene.grid) for scene in scenes]),
-        "regions": _digest([scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges for scene in scenes]),
-        "channels": [asdict(channel) for channel in channels],
-        "scale and offset": _digest([[asdict(channel) for channel in scene.channels] for scene in scenes]),
-        "dtype": layout.dtype,
-        "files": _digest([_of_files(_fingerprint, scene) for scene in scenes]),
-        "labels": _digest([[scenes[n].name, _label_digest(scenes[n], numbers[n], tile)] for n in sorted(numbers)]) if labels else None,
+        "channels": [asdict(channel) for channel in _channels(scenes)],
+        "dtype": _dtype(scenes),
+        "labelled": bool(labels),
         "attributes": dict(attributes),
     }
-    try:
-        digest = hashlib.sha256(encode_json(document)).hexdigest()
-    except (TypeError, ValueError) as error:
-        raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
-    return PreparationPlan(scenes, channels, numbers, stamps, tiles, layout, settings.split, attributes, document, digest)
+    stamps = {scene.name: _of_files(stamps_of, scene) for scene in scenes}
+    entries = {scene.name: _entry(scene, named.get(scene.name), tile) for scene in scenes}
+    grown = None
+    if earlier is not None:
+        document = _as_before(earlier, scenes, document)
+        grown = growth(earlier, scenes, entries)
+        scenes = tuple(scene for scene in scenes if scene.name in grown.new)
+    groups = tuple(scene.group if grown is None else grown.groups[scene.name] for scene in scenes)
+    first = 0 if earlier is None else earlier.free_tile
+    tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, first, labelled=bool(labels))
+    if earlier is None:
+        held_out_groups(Counter(split_group(groups[place.scene], place, settings.split) for place in tiles), settings.split)
+    of_scene = {number: list(places) for number, places in groupby(tiles, key=lambda place: place.scene)}
+    document["scenes"] = [] if earlier is None else list(earlier.document["scenes"])
+    for number, scene in enumerate(scenes):
+        places = of_scene[number]
+        cut = scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges
+        ids = {"group": groups[number], "regions": _digest(cut), "first_tile": places[0].tile, "num_tiles": len(places)}
+        document["scenes"].append({**entries[scene.name], **ids})
+    frame = scenes[0].grid.frame if scenes else ""
+    axes = attributes.get("axes") or (("x", "y", "z") if frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
+    layout = StoreLayout(
+        num_tiles=tiles[-1].tile + 1 if tiles else first,
+        channels=tuple(channel["name"] for channel in document["channels"]),
+        tile=tile,
+        axes=tuple(axes)[: len(tile)],
+        dtype=document["dtype"],
+        tiles_per_shard=settings.tiles_per_shard,
+        has_labels=bool(labels),
+    )
+    return PreparationPlan(
+        scenes,
+        groups,
+        tuple(Channel(**channel) for channel in document["channels"]),
+        {number: named[scene.name] for number, scene in enumerate(scenes) if scene.name in named},
+        tuple(stamps[scene.name] for scene in scenes),
+        tiles,
+        layout,
+        settings.split,
+        attributes,
+        earlier,
+        grown,
+        document,
+        hashlib.sha256(encode_json(document)).hexdigest(),
+    )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -153,14 +186,64 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{prefix}{key}.")
+        elif key == "scenes" and isinstance(old, Sequence) and isinstance(new, Sequence):
+            lines += _scene_differences({entry["name"]: entry for entry in old}, {entry["name"]: entry for entry in new})
         elif old != new:
             values = f": {old} there, {new} now"
             lines.append(f"{prefix}{key}{values if len(values) < 120 else ''}")
     return lines
 
 
-def _numbers(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> dict[int, LabelMap]:
-    """Label maps by the position of their scene."""
+def refuse_other(out: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Stops where what lies in a folder was planned differently.
+
+    Raises:
+        PreparationError: The documents differ.
+    """
+    lines = "".join(f"\n  {line}" for line in differences(found, json.loads(encode_json(wanted))))
+    if lines:
+        raise PreparationError(f"{out} was prepared by another plan; choose another --out or delete the folder. What differs:{lines}")
+
+
+def _scene_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    lines = [f"scene {name}: there, not now" for name in sorted(before.keys() - now.keys())]
+    lines += [f"scene {name}: now, not there" for name in sorted(now.keys() - before.keys())]
+    for name in sorted(before.keys() & now.keys()):
+        keys = [key for key in now[name] if before[name].get(key) != now[name][key]]
+        lines += [f"scene {name}: {', '.join(keys)}"] if keys else []
+    return lines if len(lines) <= LISTED else [*lines[:LISTED], f"… and {len(lines) - LISTED} more scenes"]
+
+
+def _as_before(earlier: Earlier, scenes: Sequence[Scene], document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with the earlier store's channels and element type, which must do for the new scenes.
+
+    Raises:
+        PreparationError: They do not, or the settings are others.
+    """
+    there = {key: value for key, value in earlier.document.items() if key != "scenes"}
+    held = np.result_type(np.dtype(there["dtype"]), np.dtype(document["dtype"])) == np.dtype(there["dtype"])
+    names = [channel["name"] for channel in there["channels"]]
+    lacking = sorted({channel.name for scene in scenes for channel in scene.channels} - set(names))
+    now = {**document, "dtype": there["dtype"] if held else document["dtype"], "channels": there["channels"]}
+    if lacking:
+        now["channels"] = document["channels"]
+    refuse_other(earlier.store.path, there, now)
+    return now
+
+
+def _entry(scene: Scene, labels: LabelMap | None, tile: tuple[int, ...]) -> dict[str, Any]:
+    """What may not change about a scene."""
+    return {
+        "name": scene.name,
+        "files": _of_files(_fingerprint, scene),
+        "grid": _digest(_grid(scene.grid)),
+        "channels": _digest([asdict(channel) for channel in scene.channels]),
+        "labels": None if labels is None else _label_digest(scene, labels, tile),
+    }
+
+
+def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[str, LabelMap]:
+    """Label maps by name of their scene, after a look at the names."""
     if not scenes:
         raise PreparationError("there is no scene to prepare")
     repeated = [name for name, count in Counter(scene.name for scene in scenes).items() if count > 1]
@@ -169,7 +252,7 @@ def _numbers(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> dict[in
     strangers = sorted(labels.keys() - {scene.name for scene in scenes})
     if strangers:
         raise PreparationError(f"there are labels for {strangers[0]}, which is no scene that is prepared")
-    return {number: labels[scene.name] for number, scene in enumerate(scenes) if scene.name in labels}
+    return labels
 
 
 def _channels(scenes: Sequence[Scene]) -> tuple[Channel, ...]:
@@ -198,7 +281,7 @@ def _grid(grid: Grid) -> list[Any]:
 
 
 def _digest(document: Any) -> str:
-    return hashlib.sha256(encode_json({"": document})).hexdigest()
+    return hashlib.sha256(encode_json({"": document})).hexdigest()[:32]
 
 
 def _fingerprint(scene: Scene) -> str:

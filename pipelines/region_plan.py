@@ -79,10 +79,10 @@ def cut_regions(axes: tuple[tuple[AxisTile, ...], ...], block: tuple[int, ...], 
 def cut_axis(tiles: tuple[AxisTile, ...], block: int, most: int) -> AxisCut:
     """The cut of an axis in parts of at most `most` tiles that touches the fewest blocks.
 
-    A tile that begins where a block does and the tile before it ends is a place to cut that costs nothing. Parts end at the last such place within reach; where
-    there is none, the way to the next is divided evenly. That is the best there is: between two free places that lie `way` tiles
-    apart, any cut has at least `ceil(way / most) - 1` edges. It is done from either end, because the last tile may be moved back
-    over the one before, and is then better not cut off from it.
+    A tile that begins where a block does and the tile before it ends is a place to cut that costs nothing. Parts end at the last such
+    place within reach; where there is none, the way to the next is divided evenly. That is the best there is: between two free places
+    that lie `way` tiles apart, any cut has at least `ceil(way / most) - 1` edges. It is done from either end, because the last tile
+    may be moved back over the one before, and is then better not cut off from it.
     """
     free = [number for number in range(1, len(tiles)) if tiles[number][0] % block == 0 and sum(tiles[number - 1][:2]) == tiles[number][0]]
     free.append(len(tiles))

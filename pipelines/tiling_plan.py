@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise, product
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,11 +136,11 @@ def plan_tiles(
     return planned
 
 
-def split_group(scene: Scene, tile: PlannedTile, settings: SplitSettings) -> str:
+def split_group(group: str, tile: PlannedTile, settings: SplitSettings) -> str:
     """Name of what is not divided: the scene's group, or a block of it."""
     if settings.unit == "scene":
-        return scene.group
-    return f"{scene.group} block {'-'.join(str(place) for place in tile.block)}"
+        return group
+    return f"{group} block {'-'.join(str(place) for place in tile.block)}"
 
 
 def held_out_groups(sizes: dict[str, int], settings: SplitSettings) -> frozenset[str]:
@@ -160,52 +160,82 @@ def held_out_groups(sizes: dict[str, int], settings: SplitSettings) -> frozenset
         raise PreparationError(
             f"all tiles are of one group ({', '.join(sizes) or 'none'}), so none can be held out: {todo}, or val_fraction=0"
         )
-    order = sorted(sizes, key=lambda group: (_rank(settings.seed, group), group))
+    order = group_order(sizes, settings.seed)
     wanted = settings.val_fraction * sum(sizes.values())
     before = accumulate((sizes[group] for group in order), initial=0)
     return frozenset(group for group, held in zip(order[:-1], before, strict=False) if held == 0 or held < wanted)
 
 
-def overlapping(scenes: Sequence[Scene], train: Sequence[PlannedTile], val: Sequence[PlannedTile]) -> set[int]:
-    """Ids of training tiles that share ground with a held-out tile of the same place (scene group), in world coordinates.
+def group_order(groups: Iterable[str], seed: int) -> list[str]:
+    """Groups in the order in which they are held out: by a hash of seed and name."""
+    return sorted(groups, key=lambda group: (hashlib.blake2b(f"{seed}\n{group}".encode(), digest_size=16).digest(), group))
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """Where tiles lie, as columns of equal length.
+
+    Attributes:
+        places: What shows the same ground: only tiles of one place are compared.
+        frames: What world coordinates mean.
+        affines: `(tile, (axes + 1)²)`: index to world.
+        extents: `(tile, axis)`: real data.
+    """
+
+    places: NDArray[np.str_]
+    frames: NDArray[np.str_]
+    affines: NDArray[np.float64]
+    extents: NDArray[np.int64]
+
+    @staticmethod
+    def of_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> Ground:
+        """Of rows of an index, whose places are given."""
+        frames = np.array([row["frame"] for row in rows], dtype=np.str_)
+        affines = np.array([row["affine"] for row in rows], dtype=np.float64)
+        return Ground(np.array(places, dtype=np.str_), frames, affines, np.array([row["extent"] for row in rows], dtype=np.int64))
+
+    def joined(self, other: Ground) -> Ground:
+        """These tiles and then the others."""
+        if not len(self.places):
+            return other
+        if not len(other.places):
+            return self
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return Ground(*(np.concatenate(pair) for pair in pairs))
+
+    def boxes(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Lower and upper world corner `(tile, axis)` of boxes around tiles; a voxel reaches half a step around its centre."""
+        size = self.extents[chosen].astype(np.float64)
+        matrices = self.affines[chosen].reshape(len(size), size.shape[1] + 1, -1)
+        middle = np.einsum("tij,tj->ti", matrices[:, :-1, :-1], (size - 1) / 2) + matrices[:, :-1, -1]
+        half = np.einsum("tij,tj->ti", np.abs(matrices[:, :-1, :-1]), size / 2 - OVERLAP_SLACK)
+        return middle - half, middle + half
+
+
+def overlapping(ours: Ground, theirs: Ground) -> NDArray[np.bool_]:
+    """True for each of our tiles that shares ground with one of theirs of the same place, in world coordinates.
 
     Raises:
-        PreparationError: Two scenes of a place speak of different frames, so that their tiles cannot be compared.
+        PreparationError: Tiles of a place speak of different frames, so that they cannot be compared.
     """
-    leaks: set[int] = set()
-    for group in sorted({scenes[tile.scene].group for tile in val}):
-        ours = [tile for tile in train if scenes[tile.scene].group == group]
-        theirs = [tile for tile in val if scenes[tile.scene].group == group]
-        frames = {scenes[tile.scene].grid.frame for tile in [*ours, *theirs]}
+    hit = np.zeros(len(ours.places), dtype=bool)
+    for place in np.intersect1d(ours.places, theirs.places):
+        here, there = ours.places == place, theirs.places == place
+        frames = np.union1d(ours.frames[here], theirs.frames[there])
         if len(frames) > 1:
-            names = ", ".join(sorted(frame[:40] for frame in frames))
+            names = ", ".join(frame[:40] for frame in frames)
             raise PreparationError(
-                f"scenes of {group} lie in {len(frames)} different frames ({names}), so blocks of it "
+                f"scenes of {place} lie in {len(frames)} different frames ({names}), so blocks of it "
                 "cannot be kept apart: use prepare.split.unit=scene, or prepare them one by one"
             )
-        if ours and theirs:
-            low, high = _boxes(scenes, ours)
-            hit = np.zeros(len(ours), dtype=bool)
-            for floor, top in zip(*_boxes(scenes, theirs), strict=True):
-                hit |= ((low < top) & (high > floor)).all(axis=1)
-            leaks |= {tile.tile for tile, leaks_out in zip(ours, hit, strict=True) if leaks_out}
-    return leaks
+        low, high = ours.boxes(here)
+        found = np.zeros(len(low), dtype=bool)
+        for floor, top in zip(*theirs.boxes(there), strict=True):
+            found |= ((low < top) & (high > floor)).all(axis=1)
+        hit[here] = found
+    return hit
 
 
 def tile_grid(scene: Scene, tile: PlannedTile) -> Grid:
     """The tile's own lattice in the world."""
     return scene.grid.window(tile.window)
-
-
-def _rank(seed: int, group: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\n{group}".encode(), digest_size=16).digest()
-
-
-def _boxes(scenes: Sequence[Scene], tiles: Sequence[PlannedTile]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Lower and upper world corner `(tile, axis)` of boxes around tiles; a voxel reaches half a step around its centre."""
-    matrices = np.stack([scenes[tile.scene].grid.matrix for tile in tiles])
-    size = np.array([tile.extent for tile in tiles], dtype=np.float64)
-    centre = np.array([tile.origin for tile in tiles]) + (size - 1) / 2
-    middle = np.einsum("tij,tj->ti", matrices[:, :-1, :-1], centre) + matrices[:, :-1, -1]
-    half = np.einsum("tij,tj->ti", np.abs(matrices[:, :-1, :-1]), size / 2 - OVERLAP_SLACK)
-    return middle - half, middle + half
