@@ -12,7 +12,8 @@ Measured on one core (AMD EPYC) with real tiles, `python pipelines/benchmark.py 
 | Blosc zstd 3, shuffled bytes | 1.57 / 150 / 1020 | 3.4 / 160 / 1220 | 3.9 / 160 / 3080 |
 
 A store is written once and read some hundred times, and a GPU eats gigabytes a second; so what unpacks fastest is the default:
-lz4 on shuffled bits for integers of two bytes (it also packs tighter than plain zstd), on shuffled bytes for all else. `small` is for slow disks.
+lz4 on shuffled bits for integers of two bytes (it also packs tighter than plain zstd), on shuffled bytes for all else.
+`small` is for slow disks and networks.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ large the store. Reading and unpacking happen in threads, which the codecs let r
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from torch import Tensor
 from mae_core.augment import RawBatch
 from mae_core.context import only_spacing
 from mae_core.masking import STREAM_ORDER, STREAM_WINDOW, Sample, counter_bits
+from mae_core.memory import recycled
 from mae_core.parallel import Parallel
 from mae_core.settings import Settings
 from mae_core.shards import StoreError
@@ -182,6 +184,12 @@ class Stream:
             packed.update(part.result())
         return unpack_rows(self.store, rows, sample, packed, self)
 
+    def damage(self) -> dict[str, float]:
+        """Damaged tiles met so far, over all processes; nothing where none is tolerated."""
+        if not self.settings.max_damaged_tiles:
+            return {}
+        return {"data/damaged_tiles": float(self.parallel.sum(torch.tensor(float(len(self.damaged)), device=self.parallel.device)))}
+
     def tolerate(self, tile: int, error: StoreError) -> None:
         """Note a damaged tile.
 
@@ -314,8 +322,14 @@ def unpack_rows(
 
 def _room(store: TileStore, num_tiles: int, *, pinned: bool) -> dict[str, Tensor]:
     """Tensors that tiles are unpacked into, in their stored element types; page-locked where a GPU will fetch them."""
-    like = {name: torch.from_numpy(values) for name, values in store.empty(0).items()}
-    return {name: torch.empty((num_tiles, *each.shape[1:]), dtype=each.dtype, pin_memory=pinned) for name, each in like.items()}
+    room = {}
+    for name, like in store.empty(0).items():
+        shape, dtype = (num_tiles, *like.shape[1:]), torch.from_numpy(like).dtype
+        if pinned:  # torch keeps and reuses such memory itself
+            room[name] = torch.empty(shape, dtype=dtype, pin_memory=True)
+        else:
+            room[name] = torch.from_numpy(recycled(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+    return room
 
 
 def spacings(store: TileStore, rows: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -120,7 +120,7 @@ class ShardedArray:
                 wanted.append((offset, length, number))
         for start, stop, part in _runs(sorted(wanted)):
             try:
-                data = memoryview(files.read(self.key(shard), start, stop - start))
+                data = files.view(self.key(shard), start, stop - start)
             except OSError as error:
                 failed = StoreError(f"{where} cannot be read: {error.strerror or error}")
                 for _, _, number in part:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from mae_core.memory import recycled
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 BLOCK_BYTES = 8 << 20
@@ -43,16 +46,19 @@ class LocalFiles:
         Raises:
             OSError: The file is missing or cannot be read.
         """
+        return bytes(self.view(name, start, length))
+
+    def view(self, name: str, start: int = 0, length: int | None = None) -> memoryview:
+        """The same bytes in memory that is used again when nobody looks at them any more."""
         handle = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
-            if start < 0 or length is None:
-                size = os.fstat(handle).st_size
-                start = max(0, size + start) if start < 0 else start
-                length = size - start if length is None else length
-            data = os.pread(handle, length, start)
-            while 0 < len(data) < length and (more := os.pread(handle, length - len(data), start + len(data))):
-                data += more  # one call gives 2 GiB at most
-            return data
+            size = os.fstat(handle).st_size
+            start = max(0, size + start) if start < 0 else min(start, size)
+            room = recycled(min(size - start, size if length is None else length)).data
+            done = 0
+            while done < len(room) and (more := os.preadv(handle, [room[done:]], start + done)):
+                done += more  # one call gives 2 GiB at most
+            return room[:done]
         finally:
             os.close(handle)
 
@@ -66,12 +72,11 @@ class RemoteFiles:
     """Files below the URL of an object store.
 
     Attributes:
-        url: With its scheme, such as `s3://bucket/store`; the scheme's library (s3fs, gcsfs, adlfs, …) must be installed.
-        options: What the library is told, such as an endpoint; credentials come from its own configuration, never from here.
+        url: With its scheme, such as `s3://bucket/store`; the scheme's library (s3fs, gcsfs, adlfs, …) must be installed. Endpoint and
+            credentials come from the library's own configuration (for S3: `AWS_ENDPOINT_URL`, `AWS_PROFILE`, …), never from here.
     """
 
     url: str
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -81,27 +86,38 @@ class RemoteFiles:
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if there is no such file."""
         system, root = self._place()
-        try:
-            return int(system.size(f"{root}/{name}"))
-        except FileNotFoundError:
-            return None
+        with self._told(name):
+            try:
+                return int(system.size(f"{root}/{name}"))
+            except FileNotFoundError:
+                return None
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """As of a folder; a part of a file is asked for as a range of bytes."""
         system, root = self._place()
         end = None if length is None or start < 0 else start + length
-        try:
+        with self._told(name):
             data: bytes = system.cat_file(f"{root}/{name}", start=start or None, end=end)
-        except (ValueError, TypeError) as error:
-            raise OSError(f"{self.label}/{name}: {error}") from error
         return data if length is None else data[:length]
+
+    def view(self, name: str, start: int = 0, length: int | None = None) -> memoryview:
+        """As of a folder."""
+        return memoryview(self.read(name, start, length))
 
     def holds(self, name: str) -> bool:
         """Whether a name, from a manifest that may be forged, stays below the URL."""
         return not name.startswith("/") and ".." not in name.split("/") and "\\" not in name and not URL.match(name)
 
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Whatever the scheme's library raises (no credentials, no network, a range behind the end) says of what and is an OSError."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"{self.label}/{name}: {error or type(error).__name__}") from error
+
     def _place(self) -> tuple[Any, str]:
-        return _opened(self.url, tuple(sorted(self.options.items())), os.getpid())
+        return _opened(self.url, os.getpid())
 
 
 StoreFiles = LocalFiles | RemoteFiles
@@ -109,13 +125,13 @@ StoreFiles = LocalFiles | RemoteFiles
 
 
 @lru_cache(maxsize=16)
-def _opened(url: str, options: tuple[tuple[str, Any], ...], process: int) -> tuple[Any, str]:
+def _opened(url: str, process: int) -> tuple[Any, str]:
     """File system and path of a URL; once per process, since connections do not survive a fork."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     del process
     try:
-        system, root = url_to_fs(url, **dict(options))
+        system, root = url_to_fs(url)
     except ImportError as error:
         raise OSError(f"{url.split('://', maxsplit=1)[0]}:// needs a library that is not installed: {error}") from error
     except ValueError as error:

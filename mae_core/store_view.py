@@ -86,7 +86,7 @@ def view_members(files: StoreFiles) -> list[StoreFiles]:
         raise StoreError(f"{files.label}/{VIEW} is of format {found}, with {len(members)} stores; merge the stores again")
     places: list[StoreFiles] = []
     for path, digest in members:
-        member = LocalFiles(files.folder / path)
+        member = LocalFiles((files.folder / path).resolve())
         try:
             now = json.loads(member.read("manifest.json"))["store_digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -149,7 +149,8 @@ def train(
         state.step += 1
         window.add(total / count.clamp(min=1), norm, losses, waited, stream.settings.global_batch_size)
         if _due(state.step, settings.log_steps, settings):
-            report(Report(state.step, window.close(state.step) | {"train/lr": state.optimiser.param_groups[-1]["lr"]}))
+            rate = {"train/lr": state.optimiser.param_groups[-1]["lr"]}
+            report(Report(state.step, window.close(state.step) | rate | stream.damage()))
         if _due(state.step, settings.eval_steps, settings):
             window.check(state.step)
             eager = torch.compiler.set_stance("force_eager")  # held-out batches have shapes of their own

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from mae_core.attention import AttentionError
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
 from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, PerceptualLoss, Pretraining, fit_basis
 from mae_core.export import Description, ModelError, load_encoder, save_model
 from mae_core.loader import LoaderError, LoaderSettings, Stream
-from mae_core.mae import MaskedAutoencoder, ModelSettings
+from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
 from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
@@ -33,16 +34,18 @@ from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettin
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
 from mae_core.vit import channel_groups
 from pipelines.command_line import run
+from pipelines.kernels import checked_attention
 from pipelines.progress import console, training
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
-EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError)
+EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError, AttentionError)
 MAY_DIFFER = (
     "tracking",
     "loader.num_threads",
     "loader.prefetch",
     "loader.micro_batch_size",
+    "loader.max_damaged_tiles",
     "train.device",
     "train.compile",
     "train.log_steps",
@@ -181,6 +184,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
     held_out = spread(store.rows("val"), recipe.train.eval_tiles)
     tell_start(store, recipe, state, lr, len(stream.rows), held_out, say)
     last: dict[str, float] = {}
+    told_damage: list[str] = []
     with ExitStack() as stack:
         tracker = None
         if parallel.is_first:
@@ -200,13 +204,19 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         def report(what: Report) -> None:
             last.update(what.metrics)
             display.show(what)
+            while len(told_damage) < len(stream.damaged):
+                told_damage.append(list(stream.damaged.values())[len(told_damage)])
+                console.print(f"[yellow]damaged tile {len(told_damage)}, fed as wholly invalid[/]: {told_damage[-1]}")
             if tracker is not None:
                 tracker.metrics(what.metrics, what.step)
 
-        train(task, state, stream, recipe.train, recipe.optim, Checkpoints(out / "checkpoints", config), report)
+        shapes = attention_shapes(model, recipe.crop, recipe.hiding.mask_ratio)
+        with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels:
+            train(task, state, stream, recipe.train, recipe.optim, Checkpoints(out / "checkpoints", config), report)
         if tracker is None:
             return {}
-        facts = {"figures": last or _told_metrics(tracker), **_finish(store, out, recipe, model, tracker)}
+        facts = {"figures": last or _told_metrics(tracker), "attention": kernels, **_finish(store, out, recipe, model, tracker)}
+        facts |= {"damaged_tiles": {str(tile): why for tile, why in stream.damaged.items()}} if stream.damaged else {}
     result = finish(out, verb, config, facts)
     tell_end(result, out)
     return result
@@ -243,7 +253,7 @@ def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment:
     flat = [name for name, value in zip(store.channels, std, strict=True) if not value > 0]
     if flat:
         raise RunError(
-            f"channels {flat} are constant over all training voxels of {store.path}; leave them out with reader.channels and prepare again"
+            f"channels {flat} are constant over all training voxels of {store.label}; leave them out with reader.channels and prepare again"
         )
     return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -45,6 +46,21 @@ def named(batches: list[RawBatch]) -> list[Name]:
 def drawn(chosen: Stream, first: int, last: int) -> list[list[Name]]:
     """Samples of each step."""
     return [named(batches) for batches, _ in chosen.steps(first, last)]
+
+
+def spoilt(store: TileStore, folder: Path, number: int) -> tuple[TileStore, list[int]]:
+    """A copy of which a byte is changed in the pixels of the first training tiles; and those tiles."""
+    shutil.copytree(store.path, folder)
+    array = store.arrays["pixels"]
+    tiles = store.index.tile[store.rows("train")[:number]].tolist()
+    for tile in tiles:
+        shard, place = divmod(tile, array.tiles_per_shard)
+        offset, length = (int(value) for value in array.read_index(LocalFiles(store.path), shard)[place])
+        file = folder / array.key(shard)
+        data = bytearray(file.read_bytes())
+        data[offset + length // 2] ^= 1
+        file.write_bytes(data)
+    return TileStore.open(folder, "sizes"), tiles
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -119,18 +135,104 @@ def test_left_early_the_threads_stop(store: TileStore) -> None:
 
 
 def test_a_changed_chunk_stops_the_stream_and_is_named(store: TileStore, tmp_path: Path) -> None:
-    shutil.copytree(store.path, tmp_path / "store")
-    array = store.arrays["pixels"]
-    tile = int(store.index.tile[store.rows("train")[0]])
-    shard, place = divmod(tile, array.tiles_per_shard)
-    offset, length = (int(value) for value in array.read_index(LocalFiles(store.path), shard)[place])
-    file = tmp_path / "store" / array.key(shard)
-    data = bytearray(file.read_bytes())
-    data[offset + length // 2] ^= 1
-    file.write_bytes(data)
-    spoilt = TileStore.open(tmp_path / "store", "sizes")
+    other, (tile,) = spoilt(store, tmp_path / "store", 1)
     with pytest.raises(StoreError, match=rf"pixels shard .*: the chunk of tile {tile} fails its crc32c"):
-        drawn(stream(spoilt), 0, len(store.rows("train")))
+        drawn(stream(other), 0, len(store.rows("train")))
+
+
+def shard_runs(store: TileStore, names: list[Name]) -> list[int]:
+    """Shards of consecutive samples, repetitions left out."""
+    shard_of = dict(zip(store.index.tile.tolist(), store.shards.tolist(), strict=True))
+    runs: list[int] = []
+    for _, tile, _ in names:
+        runs += [shard_of[tile]] if not runs or runs[-1] != shard_of[tile] else []
+    return runs
+
+
+def test_in_a_window_of_one_shard_an_epoch_goes_shard_by_shard_in_a_drawn_order(store: TileStore) -> None:
+    size = len(store.rows("train"))
+    flat = list(chain(*drawn(stream(store, global_batch_size=1, window_shards=1), 0, 3 * size)))
+    epochs = [flat[start : start + size] for start in range(0, 3 * size, size)]
+    shards = sorted(set(store.shards[store.rows("train")].tolist()))
+    assert len(shards) > 2
+    orders = [shard_runs(store, epoch) for epoch in epochs]
+    assert [sorted(order) for order in orders] == [shards] * 3, "each shard once"
+    assert orders[0] != orders[1] or orders[1] != orders[2]
+    within = [[name for name in epoch if store.shards[np.flatnonzero(store.index.tile == name[1])][0] == shards[0]] for epoch in epochs]
+    assert len({tuple(tile for _, tile, _ in part) for part in within}) > 1, "tiles of a shard are mixed anew"
+    mixed = list(chain(*drawn(stream(store, global_batch_size=1, window_shards=2), 0, size)))
+    assert len(shard_runs(store, mixed)) > len(shards), "tiles of the shards of a window are mixed with one another"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("settings", [{"window_shards": 1}, {"window_shards": 2, "crops_per_tile": 3, "num_threads": 3}])
+def test_windows_too_are_the_same_for_any_number_of_processes(store: TileStore, world: int, settings: dict[str, int]) -> None:
+    alone = drawn(stream(store, **settings), 2, 19)
+    shares = [drawn(stream(store, rank(number, world), **settings), 2, 19) for number in range(world)]
+    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == alone
+
+
+def test_each_shard_is_read_once_an_epoch_and_no_further_ahead_than_the_next_window(
+    store: TileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    fetch = TileStore.fetch
+
+    def counted(self: TileStore, rows: Any) -> Any:
+        read.append(tuple(sorted(set(self.shards[rows].tolist()))))
+        return fetch(self, rows)
+
+    monkeypatch.setattr(TileStore, "fetch", counted)
+    rows = store.rows("train")
+    chosen = stream(store, global_batch_size=1, window_shards=1, prefetch=1, num_threads=1)
+    shard_of = dict(zip(store.index.tile.tolist(), store.shards.tolist(), strict=True))
+    order: list[int] = []
+    for batches, _ in chosen.steps(0, 2 * len(rows)):
+        shard = shard_of[named(batches)[0][1]]
+        order += [shard] if not order or order[-1] != shard else []
+        assert len(read) <= len(order) + 2, "the window at work, the next one, and one that a batch read ahead has begun"
+    assert all(len(shards) == 1 for shards in read)
+    assert Counter(shards[0] for shards in read) == Counter(dict.fromkeys(set(order), 2))
+
+
+def test_left_early_nothing_more_is_read(store: TileStore) -> None:
+    batches = stream(store, window_shards=1, prefetch=2).steps(0, 1000)
+    next(batches)
+    batches.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("reader", "unpacker"))]
+
+
+def test_damage_that_is_tolerated_is_named_counted_and_fed_as_invalid(store: TileStore, tmp_path: Path) -> None:
+    other, tiles = spoilt(store, tmp_path / "store", 2)
+    chosen = stream(other, max_damaged_tiles=2)
+    size = len(store.rows("train"))
+    row_of = {int(tile): row for row, tile in enumerate(store.index.tile)}
+    assert chosen.damage() == {"data/damaged_tiles": 0}
+    for batches, _ in chosen.steps(0, 2 * size // 4):
+        for raw in batches:
+            for place, number in enumerate(raw.sample.tile.tolist()):
+                if number in tiles:
+                    assert not raw.complete
+                    assert (raw.quality[place] == store.no_value).all()
+                    assert not raw.pixels[place].any()
+                else:
+                    assert np.array_equal(raw.pixels[place].numpy(), store.read(row_of[number]).pixels)
+    assert sorted(chosen.damaged) == sorted(tiles)
+    assert all(f"the chunk of tile {tile} fails its crc32c" in chosen.damaged[tile] for tile in tiles)
+    assert chosen.damage() == {"data/damaged_tiles": 2}
+    with pytest.raises(StoreError, match=r"fails its crc32c.*that makes 2 damaged tiles, loader\.max_damaged_tiles allows 1"):
+        drawn(stream(other, max_damaged_tiles=1), 0, size)
+
+
+def test_a_shard_that_is_gone_is_damage_of_each_of_its_tiles(store: TileStore, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    other = TileStore.open(tmp_path / "store", "sizes")
+    array, shard = store.arrays["quality"], int(store.shards[store.rows("train")[0]])
+    (tmp_path / "store" / array.key(shard)).unlink()
+    chosen = stream(other, max_damaged_tiles=100)
+    drawn(chosen, 0, len(store.rows("train")) // 4)
+    assert sorted(chosen.damaged) == [int(store.index.tile[row]) for row in store.rows("train") if store.shards[row] == shard]
+    assert all("cannot be read: No such file" in why for why in chosen.damaged.values())
 
 
 def test_what_cannot_be_divided_is_told(store: TileStore) -> None:

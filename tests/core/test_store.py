@@ -431,22 +431,3 @@ def test_a_writer_refuses_tiles_that_do_not_fit(tmp_path: Path) -> None:
             writer.add(0, pixels, quality, labels)
     with pytest.raises(ValueError, match="cannot hold complex64"):
         StoreLayout(1, ("A",), (2,), ("x",), "complex64", 1, has_labels=False)
-
-
-@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=6), min_size=1, max_size=6))
-def test_merged_moments_equal_numpy(parts: list[list[float]]) -> None:
-    def moments(values: list[float]) -> dict[str, list[float | None]]:
-        if not values:
-            return {"count": [0], "mean": [0], "m2": [0], "min": [None], "max": [None]}
-        m2 = np.var(values) * len(values)
-        return {"count": [len(values)], "mean": [np.mean(values)], "m2": [m2], "min": [min(values)], "max": [max(values)]}  # type: ignore[list-item]
-
-    merged = merge_moments([moments(part) for part in parts], 1)
-    every = [value for part in parts for value in part]
-    assert merged["count"] == [len(every)]
-    if not every:
-        assert merged["mean"] == merged["std"] == merged["min"] == merged["max"] == [None]
-        return
-    np.testing.assert_allclose(merged["mean"], [np.mean(every)], rtol=1e-9, atol=1e-6)
-    np.testing.assert_allclose(merged["std"], [np.std(every)], rtol=1e-6, atol=1e-6)
-    assert (merged["min"], merged["max"]) == ([min(every)], [max(every)])
