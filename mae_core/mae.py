@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from mae_core.attention import AttentionShape
 from mae_core.context import Context
 from mae_core.decoders import CrossDecoder, CrossDecoderSettings, Decoder, DecoderChoice, DecoderFrame, DecoderSettings
 from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.errors import ErrorSettings, elementwise_error
 from mae_core.hog import oriented_gradients
-from mae_core.masking import HidingPlan
+from mae_core.masking import HidingPlan, num_kept, num_predicted
 from mae_core.nd import TokenLayout, per_channel, token_valid
 from mae_core.settings import Settings, default_kind
 from mae_core.targets import (
@@ -31,7 +32,7 @@ from mae_core.targets import (
     make_target,
     target_shape,
 )
-from mae_core.vit import EncoderSettings, token_size
+from mae_core.vit import Encoder, EncoderSettings, token_size
 
 
 class ModelSettings(Settings):
@@ -160,6 +161,19 @@ def build_decoder(settings: ModelSettings, encoder: AnyEncoder) -> Decoder | Cro
             return Decoder(settings.decoder, frame)
         case CrossDecoderSettings():
             return CrossDecoder(settings.decoder, frame)
+
+
+def attention_shapes(model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) -> tuple[AttentionShape, ...]:
+    """What the blocks of a model do in training on crops in which every token is valid; convolutions attend to nothing."""
+    encoder, decoder = model.encoder, model.decoder
+    tokens = math.prod(encoder.layout(space).full_grid)
+    kept = num_kept(tokens, mask_ratio)
+    own = (encoder.attention_shape(kept),) if isinstance(encoder, Encoder) else ()
+    width, _, heads = model.settings.decoder.shape(model.settings.encoder.preset)
+    keys, queries = tokens + encoder.num_prefix, tokens + encoder.num_prefix
+    if isinstance(decoder, CrossDecoder):
+        keys, queries = kept + encoder.num_prefix, num_predicted(tokens - kept, decoder.settings.predicted_fraction)
+    return (*own, AttentionShape("decoder", heads, width // heads, queries, keys))
 
 
 def hidden_counted(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mae_core.attention import attend, attended, check_heads
+from mae_core.attention import AttentionShape, attend, attended, check_heads
 from mae_core.context import Context, ContextEmbedding, ContextSettings
 from mae_core.nd import TokenLayout, token_grid, token_valid
 from mae_core.positions import Places, PositionSettings
@@ -184,6 +184,11 @@ class Encoder(nn.Module):
         """How a crop of all channels becomes tokens."""
         settings = self.settings
         return TokenLayout(token_grid(space, settings.step), settings.patch, settings.step, self.groups, len(self.channels))
+
+    def attention_shape(self, num_tokens: int) -> AttentionShape:
+        """What every block does with so many tokens."""
+        heads, seen = self.settings.heads, num_tokens + self.num_prefix
+        return AttentionShape("encoder", heads, self.settings.width // heads, seen, seen)
 
     def forward(
         self,

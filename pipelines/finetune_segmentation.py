@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,10 @@ from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
-from mae_core.vit import Block
+from mae_core.vit import Block, Encoder
 from modalities.scene import SceneError
 from pipelines.command_line import run
+from pipelines.kernels import checked_attention
 from pipelines.labelled import fitting_crop, labelled_store, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
@@ -198,7 +200,11 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[st
             if child is not None:
                 child.metrics(what.metrics, what.step)
 
-        train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
+        encoder = model.encoder
+        tokens = math.prod(encoder.layout(settings.crop).full_grid)
+        shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
+        with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
+            train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
         scores = score(replace(task, held_out=job.store.rows("val")), model.eval(), settings.overlap)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
