@@ -80,7 +80,7 @@ class PretrainRecipe(Settings):
 class PretrainSettings(PretrainRecipe):
     """Settings of `pretrain`."""
 
-    store: Path = Field(description="Folder of a tile store made by prepare")
+    store: str = Field(description="Folder of a tile store made by prepare, of a view of several (store merge), or a URL such as s3://…")
     out: Path = Field(description="Folder of the run")
     verify: Literal["checksums", "sizes"] = Field("checksums", description="How the store is checked before it is used")
 
