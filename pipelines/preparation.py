@@ -8,10 +8,8 @@ the region of a scene that its shards are made of once.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from pydantic import Field, field_validator
 from mae_core.settings import Settings
 from modalities.scene import LabelMap, Scene
 from pipelines.preparation_folder import cannot_write, claimed, finished_store, tidy
+from pipelines.preparation_forecast import Forecast, forecast, refuse_full_disk
 from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, failures, finish_store, refuse_failed, report_of
 from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
@@ -75,6 +74,7 @@ def prepare(
     labels: Mapping[str, LabelMap] | None = None,
     attributes: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[Forecast], None] | None = None,
 ) -> PreparationReport:
     """Writes the tile store of a catalogue and says what became of every tile.
 
@@ -88,6 +88,7 @@ def prepare(
         labels: Label maps by scene name; a scene that has one keeps only tiles with a label.
         attributes: Kept in the store's metadata; `kind` says the modality, `axes` names the spatial axes.
         progress: Called with tiles done and tiles in all, first when the work starts.
+        announce: Called before that with what is about to be done, if there is anything; a part of it is tried for that.
 
     Raises:
         PreparationError: The folder is taken, the disk too small, too many scenes fail, nothing is left, a worker dies, a file
@@ -101,11 +102,17 @@ def prepare(
         tidy(out, earlier)
         return report_of(out, earlier.store.manifest, seconds=time.monotonic() - started, grown=plan.grown)
     with claimed(out, plan):
-        records = _write_shards(plan, out, settings, progress or _silent)
+        records = _write_shards(plan, out, settings, progress or _silent, announce)
         return finish_store(out, plan, records, started)
 
 
-def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, progress: Callable[[int, int], None]) -> list[Record]:
+def _write_shards(
+    plan: PreparationPlan,
+    out: Path,
+    settings: PrepareSettings,
+    progress: Callable[[int, int], None],
+    announce: Callable[[Forecast], None] | None,
+) -> list[Record]:
     """Records of all shards by rising number; those that an earlier run finished are kept."""
     records: dict[int, Record] = {}
     failed: dict[str, str] = {}
@@ -115,7 +122,9 @@ def _write_shards(plan: PreparationPlan, out: Path, settings: PrepareSettings, p
         records |= found
         if len(found) < len(task.shards):
             todo.append(task.only(set(task.shards) - found.keys()))
-    _check_disk(out, plan, todo)
+    refuse_full_disk(out, plan, todo)
+    if announce is not None:
+        announce(forecast(plan, out, todo, num_processes(settings)))
     progress(_num_tiles(records.values()), len(plan.tiles))
     alone = works_here(settings, len(todo))
     run = (_write_shards_of(task) for task in todo) if alone else run_tasks(_write_shards_of, todo, settings, out / "progress", _described)
@@ -141,21 +150,19 @@ def _num_tiles(records: Iterable[Record]) -> int:
     return sum(len(record["rows"]) + len(record["failed"]) + sum(record["discarded"].values()) for record in records)
 
 
+def num_processes(settings: PrepareSettings) -> int | None:
+    """Processes that the settings ask for; None where a scheduler that runs already decides."""
+    if settings.scheduler is not None:
+        return None
+    if isinstance(settings.cluster, LocalCluster):
+        return max(1, settings.num_workers)
+    return settings.cluster.num_jobs * settings.cluster.cores
+
+
 def _described(task: ShardTask) -> str:
     shards = task.shards
     named = f"shard {shards[0]}" if len(shards) == 1 else f"shards {shards[0]} to {shards[-1]}"
     return f"{named} of {task.store} (scenes {', '.join(scene.name for scene in task.scenes.values())})"
-
-
-def _check_disk(out: Path, plan: PreparationPlan, todo: Iterable[ShardTask]) -> None:
-    """Refuses to start where the tiles would not fit uncompressed."""
-    wanted = sum(prod(tile.extent) * plan.bytes_per_voxel for task in todo for tile in task.tiles)
-    free = shutil.disk_usage(out).free
-    if wanted > free:
-        raise PreparationError(
-            f"{out} has {free / 2**30:.1f} GiB free, the tiles need up to {wanted / 2**30:.1f} GiB uncompressed: "
-            "free some, choose another folder, or prepare fewer scenes"
-        )
 
 
 def _silent(done: int, total: int) -> None:

@@ -172,6 +172,11 @@ def divide_new(
     return divided, +dropped
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first names and the number of the others."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
 def _ground(rows: Sequence[Mapping[str, Any]], grown: Growth) -> Ground:
     return Ground.of_rows(rows, [grown.groups[row["scene"]] for row in rows])
 

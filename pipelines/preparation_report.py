@@ -11,7 +11,7 @@ from typing import Any
 
 from mae_core.store_writer import finish, merge_moments
 from modalities.quality import NO_VALUE, Quality
-from pipelines.preparation_extension import LISTED, OVERLAPS, Growth, divide_new
+from pipelines.preparation_extension import OVERLAPS, Growth, divide_new, listed
 from pipelines.preparation_plan import PreparationPlan
 from pipelines.shard_task import Record
 from pipelines.tiling_plan import Ground, PreparationError, held_out_groups, overlapping, split_group
@@ -61,19 +61,15 @@ class PreparationReport:
         done = "already prepared" if self.already_done else f"prepared in {self.seconds:.1f} s"
         lines = [f"{self.path}: {done}, {self.num_bytes / 2**20:.1f} MiB, digest {self.digest[:12]}"]
         if self.added:
-            lines.append(f"  {len(self.added)} scenes added to the earlier store: {_listed(self.added)}")
+            lines.append(f"  {len(self.added)} scenes added to the earlier store: {listed(self.added)}")
         if self.gone:
-            lines.append(f"  {len(self.gone)} scenes of the store are no longer in the data, their tiles stay: {_listed(self.gone)}")
+            lines.append(f"  {len(self.gone)} scenes of the store are no longer in the data, their tiles stay: {listed(self.gone)}")
         lines.append(f"  {self.found} tiles found, {self.accepted} accepted")
         lines += [f"  {count} thrown away: {reason}" for reason, count in sorted(self.discarded.items())]
         lines += [f"  scene {scene} quarantined: {reason}" for scene, reason in sorted(self.quarantined.items())]
         lines += [f"  {side}: {self.tiles[side]} tiles of {self.groups[side]} groups" for side in ("train", "val")]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def refuse_failed(plan: PreparationPlan, failed: Mapping[str, str], max_rejected_fraction: float) -> None:

@@ -17,6 +17,8 @@ from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
 from pipelines.command_line import run
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
+from pipelines.preparation_extension import listed
+from pipelines.preparation_forecast import Forecast
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public
 
@@ -78,8 +80,13 @@ def prepare_store(
     """Prepare a store and tell what was used and what was thrown away; a finished store of the same plan is left as it is."""
     tell_catalogue(catalogue)
     attributes = store_attributes(reader, len(settings.tile))
-    with counting("preparing shards") as progress:
-        report = prepare(catalogue, out, settings, labels=labels, attributes=attributes, progress=progress)
+    with counting("preparing", "tiles") as progress:
+
+        def announce(forecast: Forecast) -> None:
+            progress.unit_bytes = forecast.tile_bytes
+            console.print(forecast.summary())
+
+        report = prepare(catalogue, out, settings, labels=labels, attributes=attributes, progress=progress, announce=announce)
     tell_report(report)
     return report
 
@@ -100,14 +107,21 @@ def tell_report(report: PreparationReport) -> None:
     """Print what became of the tiles."""
     if report.already_done:
         console.print(f"store {report.path.name} is already prepared from the same data; nothing was done again")
+    if report.added:
+        console.print(f"{len(report.added)} scenes were added to an earlier store; what it held stays as it was")
+    if report.gone:
+        console.print(
+            f"[yellow]{len(report.gone)} scenes of the store are no longer in the data[/], their tiles stay: {listed(report.gone)}"
+        )
     rows = [("accepted", str(report.accepted)), *((f"discarded: {why}", str(count)) for why, count in report.discarded.items())]
     table("tiles", ("what", "tiles"), [*rows, ("found", str(report.found))])
     for scene, reason in report.quarantined.items():
         console.print(f"[yellow]scene {scene} left out[/]: {reason}")
     for note in report.notes:
         console.print(note)
+    rate = f"; {report.done} tiles at {report.done / max(report.seconds, 1e-6):.0f} tiles/s" if report.done else ""
     sides = ", ".join(f"{side} {count} tiles of {report.groups.get(side, 0)} groups" for side, count in report.tiles.items())
-    console.print(f"{sides}; {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s; digest {report.digest[:12]}")
+    console.print(f"{sides}; {report.num_bytes / 1e6:.1f} MB in {report.seconds:.1f} s{rate}; digest {report.digest[:12]}")
 
 
 def work(settings: PrepareVerb) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean, stdev
 from time import monotonic
@@ -74,19 +74,47 @@ def training(title: str, first: int, last: int, *, quiet: bool) -> Iterator[Trai
         yield display
 
 
+class CountDisplay:
+    """Things done of so many, the time left and, where they have a unit, how many a second and how many bytes that is."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self.title, self.unit = title, unit
+        self.unit_bytes = 0
+        """Bytes of one thing; may be set at any time."""
+        self.first: int | None = None
+        self.began = self.printed = monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(title, total=None, text="")
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take in how far it is; what was done before the first call is in no rate."""
+        now = monotonic()
+        if self.first is None:
+            self.first, self.began, self.printed = done, now, now
+        rate = (done - self.first) / max(now - self.began, 1e-6)
+        megabytes = f"  {rate * self.unit_bytes / 1e6:.0f} MB/s" if self.unit_bytes else ""
+        text = f"{rate:.0f} {self.unit}/s{megabytes}" if self.unit and done > self.first else ""
+        self.bar.update(self.task, completed=done, total=total, text=text)
+        if self.unit and not console.is_terminal and now - self.printed >= PLAIN_INTERVAL_S:
+            self.printed = now
+            left = f"  {(total - done) / rate:.0f} s left" if rate else ""
+            console.print(f"{self.title}  {done}/{total} {self.unit}  {text}{left}")
+
+
 @contextmanager
-def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function `(done, total)` that moves a bar."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def counting(title: str, unit: str = "") -> Iterator[CountDisplay]:
+    """A function `(done, total)` that moves a bar; with a unit it tells the rate too, by plain lines where there is no terminal."""
+    display = CountDisplay(title, unit)
+    with display.bar:
+        yield display
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_core.store import sha256_of
-from mae_core.store_writer import ShardWriter, StoreLayout, encode_json, write_file
+from mae_core.store_writer import ShardWriter, StoreLayout, write_file
 from modalities.grid import Window
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, Scene, SceneError
@@ -113,7 +113,7 @@ def run_task(task: ShardTask) -> list[Record]:
             "files": writer.files,
             "stamps": {task.scenes[scene].name: task.stamps[scene] for scene in scenes},
         }
-        write_file(record_path(task.store, shard), encode_json(record))
+        write_file(record_path(task.store, shard), json.dumps(record, allow_nan=False).encode())
         records.append(record)
     return records
 
@@ -168,7 +168,7 @@ def _refuse_changed(task: ShardTask, number: int) -> None:
 
 def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: float, offset: float) -> tuple[int, float, float, Any, Any]:
     """Count, mean, sum of squared distances from it, min and max of the physical value of one channel where `counted`."""
-    values = pixels[counted].astype(np.float64)
+    values = (pixels.reshape(-1) if counted.all() else pixels[counted]).astype(np.float64)
     if not values.size:
         return 0, 0.0, 0.0, None, None
     mean = float(values.mean())

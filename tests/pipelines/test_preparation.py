@@ -216,6 +216,21 @@ def test_too_many_damaged_scenes_stop_it_and_mended_ones_are_read_again(tmp_path
     assert prepare(Scenes((*good, bad)), tmp_path / "much", changed(max_rejected_fraction=0.3)).accepted == 7
 
 
+def test_it_stops_as_soon_as_too_many_scenes_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = [make_scene(tmp_path, f"s{n}", (8, 8), damaged=3 if n in (1, 3, 4) else None) for n in range(10)]
+    names: list[str] = []
+    read = SyntheticScene.read
+
+    def noted(scene: SyntheticScene, window: Any) -> Any:
+        names.append(scene.name)
+        return read(scene, window)
+
+    monkeypatch.setattr(SyntheticScene, "read", noted)
+    with pytest.raises(PreparationError, match=r"3 of 10 scenes cannot be read, more than prepare.max_rejected_fraction 0.2"):
+        prepare(Scenes(tuple(scenes)), tmp_path / "out", changed(tiles_per_shard=1))
+    assert sorted(set(names)) == ["s0", "s1", "s2", "s3", "s4"]
+
+
 def test_values_that_are_not_finite_and_not_flagged_are_refused(tmp_path: Path) -> None:
     scene = make_scene(tmp_path, "a", (8, 8), dtype="float32")
     pixels = np.load(scene.files[0])
