@@ -124,7 +124,8 @@ def _pictures(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampl
     """A row per side; every picture is stretched between the 1st and 99th percentile of its counted values, which are told."""
     sides = [side for side in SIDES if sampled[side].shown]
     none = "".join(f"; no {side} tiles" for side in SIDES if side not in sides)
-    figure.suptitle(f"tiles, each stretched to its own 1st–99th percentile; pink: no value{none}", fontsize=9)
+    plane = "; of volumes the plane across the last axis that holds most of them" if len(store.space) == 3 else ""
+    figure.suptitle(f"tiles, each stretched to the 1st–99th percentile of its counted values{plane}; pink: no value{none}", fontsize=9)
     for places, side in zip(figure.subplots(len(sides), SHOWN_TILES, squeeze=False), sides, strict=True):
         shown = sampled[side].shown
         for number, place in enumerate(places):
@@ -146,17 +147,26 @@ def _picture(store: TileStore, tile: Tile) -> tuple[NDArray[np.float64], float, 
     names = TRUE_COLOUR if set(TRUE_COLOUR) <= set(present) else tuple(present[:1])
     chosen = [store.channels.index(name) for name in names]
     inside = tuple(slice(0, size) for size in tile.extent)
+    if len(tile.extent) == 3:
+        inside = (*inside[:2], _fullest_plane(tile.quality[inside]))
     by_channel = (-1, *(1 for _ in tile.extent))
     values = tile.pixels[chosen][(slice(None), *inside)] * tile.scale[chosen].reshape(by_channel) + tile.offset[chosen].reshape(by_channel)
-    quality = tile.quality[inside]
     image = _plane(values.astype(np.float32)).astype(np.float64)
-    nothing = _plane((quality & store.no_value).astype(np.float32)[None])[..., 0] > 0
-    seen = image[~nothing]
+    quality = _plane(tile.quality[inside].astype(np.float32)[None])[..., 0].astype(np.uint8)
+    nothing, seen = (quality & store.no_value) != 0, image[quality == 0]
     low, high = np.percentile(seen, [1, 99], axis=0) if len(seen) else (np.zeros(len(chosen)), np.ones(len(chosen)))
     grey = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1)
     picture = np.broadcast_to(grey, (*grey.shape[:2], 3)).copy()
     picture[nothing] = NOTHING
     return picture, float(np.min(low)), float(np.max(high)), "/".join(names)
+
+
+def _fullest_plane(quality: NDArray[np.uint8]) -> slice:
+    """The place on the last axis where most voxels count, near the middle where several are alike: a corner of a head holds mostly air."""
+    counted = (quality == 0).sum(axis=(0, 1))
+    from_middle = np.abs(np.arange(len(counted)) - len(counted) // 2)
+    best = int(np.lexsort((from_middle, -counted))[0])
+    return slice(best, best + 1)
 
 
 def _histograms(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampled], seed: int) -> None:
@@ -210,9 +220,10 @@ def _valid_shares(figure: SubFigure, store: TileStore) -> None:
     """How much of the tiles counts, both sides in one panel."""
     place = figure.subplots()
     shares = [store.index.valid_fraction[store.rows(side)] for side in SIDES]
-    place.hist(shares, bins=list(np.linspace(0, 1, 21)), color=[COLOURS[side] for side in SIDES], label=list(SIDES))
+    edges = np.linspace(0, 1, 21)
+    place.hist(shares, bins=list(edges), color=[COLOURS[side] for side in SIDES], label=list(SIDES))
     place.set_xlim(0, 1)
-    if len(store) > MANY_TILES:
+    if max(np.histogram(part, edges)[0].max() for part in shares) > MANY_TILES:
         place.set_yscale("log")
         place.set_ylim(bottom=0.5)
         place.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

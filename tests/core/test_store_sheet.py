@@ -28,8 +28,8 @@ def placed(scene: SyntheticScene, frame: str, x: float = 500_000.0) -> Synthetic
     return replace(scene, grid=Grid.from_matrix(scene.grid.space, matrix, frame, "m" if frame else "index"))
 
 
-def store_of(folder: Path, scenes: list[SyntheticScene], tile: tuple[int, ...], val_fraction: float = 0.3) -> TileStore:
-    settings = PrepareSettings(tile=tile, num_workers=0, min_valid_fraction=0.5, split={"val_fraction": val_fraction})  # type: ignore[arg-type]
+def store_of(folder: Path, scenes: list[SyntheticScene], tile: tuple[int, ...], val_fraction: float = 0.3, least: float = 0.5) -> TileStore:
+    settings = PrepareSettings(tile=tile, num_workers=0, min_valid_fraction=least, split={"val_fraction": val_fraction})  # type: ignore[arg-type]
     prepare(Scenes(tuple(scenes)), folder / "store", settings, attributes={"kind": "raster", "no_value": NO_VALUE})
     return TileStore.open(folder / "store")
 
@@ -167,7 +167,21 @@ def test_a_picture_without_padding_and_with_its_holes(tmp_path: Path) -> None:
     assert picture.shape == (6, 7, 3)
     assert names == "A"
     assert [np.array_equal(picture[0, column], NOTHING) for column in range(4)] == [True, False, True, False]
-    seen = store.read(0).pixels[0, :6, :7][(quality & NO_VALUE) == 0]
+    seen = store.read(0).pixels[0, :6, :7][quality == 0]
+    np.testing.assert_allclose((low, high), np.percentile(seen, [1, 99]))
+
+
+def test_a_volume_is_shown_where_most_of_it_counts(tmp_path: Path) -> None:
+    quality = np.full((6, 5, 8), Quality.BACKGROUND, np.uint8)
+    quality[:2, :, 1:7] = 0
+    quality[2, 2, 6] = 0
+    scene = make_scene(tmp_path, "a", (6, 5, 8), quality=quality, dtype="int16")
+    store = store_of(tmp_path, [scene], (8, 8, 8), 0, 0.1)
+    assert module._fullest_plane(quality) == slice(6, 7)
+    assert module._fullest_plane(quality[:2]) == slice(4, 5), "the middle among equals"
+    picture, low, high, _ = _picture(store, store.read(0))
+    assert picture.shape == (5, 6, 3)
+    seen = store.read(0).pixels[0, :6, :5, 6][quality[..., 6] == 0]
     np.testing.assert_allclose((low, high), np.percentile(seen, [1, 99]))
 
 
