@@ -130,6 +130,7 @@ def check_store(address: Path | str, *, decode: bool = False, progress: Callable
         return StoreCheck((str(error),), 0, 0, 0, 0, 0.0)
     manifests = [_manifest(member) for member in members]
     checker.total = sum(entry["bytes"] for manifest in manifests if manifest for entry in manifest["files"].values())
+    checker.progress(0, checker.total)
     found: list[str] = []
     for member in members:
         where = f"{member.label}: " if len(members) > 1 else ""

@@ -85,7 +85,7 @@ def verify(settings: VerifySettings) -> int:
     """Tell all that is wrong with a store; 1 if anything is."""
     from mae_core.store_check import check_store
 
-    with counting("verifying MB") as progress:
+    with counting("verifying", "MB") as progress:
         found = check_store(
             address(settings.store), decode=settings.decode, progress=lambda done, total: progress(done // 10**6, total // 10**6)
         )

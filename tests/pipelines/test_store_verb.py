@@ -232,7 +232,8 @@ def test_progress_runs_to_the_end(store: Path) -> None:
     steps: list[tuple[int, int]] = []
     found = check_store(store, progress=lambda done, total: steps.append((done, total)))
     total = sum(entry["bytes"] for entry in TileStore.open(store).manifest["files"].values())
-    assert steps[-1] == (total, total) == (found.num_bytes, total)
+    assert (steps[0], steps[-1]) == ((0, total), (total, total))
+    assert found.num_bytes == total
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
 
 
