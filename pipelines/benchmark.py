@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-SUBJECTS = ("step",)
+SUBJECTS = ("step", "prepare")
 """What can be measured; the first is the default."""
 
 
@@ -28,6 +28,8 @@ def subject(name: str) -> Callable[[Sequence[str]], int]:
     match name:
         case "step":
             from pipelines.benchmark_step import main as chosen
+        case "prepare":
+            from pipelines.benchmark_prepare import main as chosen
         case _:
             raise ValueError(f"{name} is no subject; subjects are {', '.join(SUBJECTS)}")
     return chosen

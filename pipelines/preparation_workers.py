@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -79,11 +81,25 @@ class _Workers:
     memory: str
     restock: Callable[[int], None]
 
-    @property
-    def num_threads(self) -> int:
-        """Tasks that can be done at a time; at least one, so that there is something to do for the first worker that comes."""
+    def num_threads(self, module: str, known: set[str]) -> int:
+        """Tasks that the workers can do at a time, those that are not yet known once they have loaded the module.
+
+        One that cannot would be lost with every task, without a word.
+
+        Raises:
+            PreparationError: It cannot.
+        """
         threads: Mapping[str, int] = self.client.nthreads()
-        return max(1, sum(threads.values()))
+        new = [address for address in threads if address not in known]
+        answers = self.client.run(import_module, module, workers=new, on_error="return") if new else {}
+        for address, answer in answers.items():
+            if isinstance(answer, Exception) and not isinstance(answer, OSError):
+                raise PreparationError(
+                    f"the worker at {address} cannot load {module} ({type(answer).__name__}: {answer}); give it the Python environment "
+                    "that this runs in, terravox of the same version included"
+                )
+        known |= {address for address, answer in answers.items() if not isinstance(answer, OSError)}
+        return sum(number for address, number in threads.items() if address in known)
 
 
 def works_here(settings: WorkerSettings, num_tasks: int) -> bool:
@@ -147,13 +163,16 @@ def _results(workers: _Workers, work: Callable[[Task], Result], tasks: Mapping[s
 
     waiting = iter(tasks.items())
     running: set[Any] = set()
+    known: set[str] = set()
     num_left = len(tasks)
     while num_left:
-        for key, task in islice(waiting, max(0, workers.num_threads - len(running))):
+        for key, task in islice(waiting, max(0, workers.num_threads(work.__module__, known) - len(running))):
             running.add(workers.client.submit(work, task, key=key, pure=False))
+        # What any Python can do: schedulers that look for workers only where there is work then look for one.
+        bait = None if running else workers.client.submit(str, pure=False)
         try:
             with workers.client.as_current():
-                done = wait(list(running), timeout=LOOK_AGAIN_S, return_when="FIRST_COMPLETED").done
+                done = wait([bait] if bait else list(running), timeout=LOOK_AGAIN_S, return_when="FIRST_COMPLETED").done - {bait}
         except TimeoutError:
             done = set()
         running -= done
@@ -212,6 +231,45 @@ def _local(settings: WorkerSettings, num_tasks: int) -> Iterator[Any]:
         ) as cluster,
     ):
         yield cluster
+
+
+@dataclass(frozen=True)
+class StandingWorkers:
+    """Workers that are there before a preparation and after it; `prepare.scheduler` is their address, within the block only."""
+
+    address: str
+    client: Any
+
+    def peak_bytes(self) -> list[int]:
+        """Largest resident memory that each has had."""
+        return sorted(self.client.run(peak_bytes).values())
+
+
+@contextlib.contextmanager
+def standing_workers(settings: WorkerSettings) -> Iterator[StandingWorkers]:
+    """Workers of this machine, started and with all imported that a preparation needs."""
+    import dask
+    from distributed import Client
+
+    with (
+        dask.config.set({"distributed.scheduler.http.routes": []}),
+        _local(settings, settings.num_workers) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        keys = cluster.security
+        known = {"ca-file": keys.tls_ca_file, "client.cert": keys.tls_client_cert, "client.key": keys.tls_client_key}
+        with dask.config.set({f"distributed.comm.tls.{name}": key for name, key in known.items()}):
+            yield StandingWorkers(cluster.scheduler_address, client)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory that this process has had; what it was forked from does not count."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _nothing(num_tasks: int) -> None:

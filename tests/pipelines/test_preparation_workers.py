@@ -103,32 +103,46 @@ def once_held(folder: Path, strike: Callable[[int], None]) -> Iterator[None]:
 class Outside:
     """A scheduler and its workers, each a process that this test started."""
 
-    address: str
-    scheduler: subprocess.Popen[bytes]
-    workers: list[subprocess.Popen[bytes]]
+    folder: Path
+    processes: list[subprocess.Popen[bytes]]
+
+    @property
+    def address(self) -> str:
+        found = re.search(r'"address": "([^"]+)"', (self.folder / "scheduler.json").read_text())
+        assert found
+        return found[1]
+
+    @property
+    def scheduler(self) -> subprocess.Popen[bytes]:
+        return self.processes[0]
+
+    @property
+    def workers(self) -> list[subprocess.Popen[bytes]]:
+        return self.processes[1:]
+
+    def add(self, module: str, *arguments: str, path: Path = ROOT) -> None:
+        """Starts a process of dask that finds our packages at `path`."""
+        file = ("--scheduler-file", str(self.folder / "scheduler.json"))
+        command = [sys.executable, "-m", f"distributed.cli.{module}", *arguments, *file, "--no-dashboard", "--host", "127.0.0.1"]
+        environment = {**os.environ, "PYTHONPATH": str(path), "DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES": "[]"}
+        with (self.folder / f"{module}.log").open("ab") as log:
+            self.processes.append(subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=log))
+
+    def add_worker(self, path: Path = ROOT) -> None:
+        """A worker without a nanny that would start it again."""
+        self.add("dask_worker", "--no-nanny", "--nthreads", "1", "--local-directory", str(self.folder / "scratch"), path=path)
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Outside]:
-    """A scheduler of this machine only, and two workers without a nanny that would start them again."""
-    file = tmp_path / "scheduler.json"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_DISTRIBUTED__SCHEDULER__HTTP__ROUTES": "[]"}
-
-    def start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", f"distributed.cli.{module}", *arguments, "--scheduler-file", str(file), "--no-dashboard"]
-        with (tmp_path / f"{module}.log").open("ab") as log:
-            return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
-
-    processes = [start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0")]
-    worker = ("--no-nanny", "--nthreads", "1", "--host", "127.0.0.1", "--local-directory", str(tmp_path / "scratch"))
-    processes += [start("dask_worker", *worker) for _ in range(2)]
+    """A scheduler of this machine only; the test adds the workers."""
+    made = Outside(tmp_path, [])
     try:
-        wait_for(file.exists)
-        found = re.search(r'"address": "([^"]+)"', file.read_text())
-        assert found
-        yield Outside(found[1], processes[0], processes[1:])
+        made.add("dask_scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0")
+        wait_for((tmp_path / "scheduler.json").exists)
+        yield made
     finally:
-        for process in processes:
+        for process in made.processes:
             process.kill()
             process.wait()
 
@@ -142,6 +156,8 @@ def wait_for(there: Callable[[], bool]) -> None:
 
 def test_a_worker_killed_in_the_middle_of_a_task_leaves_no_trace_in_the_store(outside: Outside, tmp_path: Path) -> None:
     """Then the scheduler itself is killed, which is said."""
+    outside.add_worker()
+    outside.add_worker()
     whole = tree(prepare(plain_scenes(tmp_path), tmp_path / "whole", HERE).path)
 
     def kill(pid: int) -> None:
@@ -160,6 +176,19 @@ def test_a_worker_killed_in_the_middle_of_a_task_leaves_no_trace_in_the_store(ou
         pytest.raises(PreparationError, match=r"the dask scheduler at tcp://127.0.0.1:\d+ went away; what is finished is kept"),
     ):
         prepare(held_scenes(tmp_path), tmp_path / "other", changed(scheduler=outside.address))
+
+
+def test_a_worker_without_the_code_is_said(outside: Outside, tmp_path: Path) -> None:
+    """Left alone it would be lost with every task, and the run would wait for ever."""
+    other = tmp_path / "other_version" / "pipelines"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    (other / "preparation.py").write_text("raise ImportError('made for another time')")
+    outside.add_worker(other.parent)
+    with pytest.raises(
+        PreparationError, match=r"worker at tcp://127.0.0.1:\d+ cannot load pipelines.preparation \(ImportError: made for another time\)"
+    ):
+        prepare(plain_scenes(tmp_path), tmp_path / "out", changed(scheduler=outside.address))
 
 
 @pytest.fixture
