@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -138,7 +138,7 @@ class Stream:
         names = (torch.from_numpy(part) for part in (epoch, tile, within % crops))
         return row, Sample(*names)
 
-    def steps(self, first: int, last: int) -> Iterator[tuple[list[RawBatch], float]]:
+    def steps(self, first: int, last: int) -> Generator[tuple[list[RawBatch], float]]:
         """Micro-batches of each step from `first` to `last - 1`, with the seconds that were spent waiting for them.
 
         Raises:
