@@ -43,8 +43,7 @@ def planned(store: TileStore, tiles: Sequence[int], out: Path) -> list[tuple[int
     unknown = sorted(set(tiles) - set(known.tolist()))
     if unknown:
         raise RunError(
-            f"{store.label} has no tile {', '.join(map(str, unknown[:5]))}; it has {len(known)} tiles, numbered {known[0]} to {known[-1]} "
-            "with gaps where tiles were thrown away"
+            f"{store.label} has no tile {', '.join(map(str, unknown[:5]))}; it has {len(known)} tiles, numbered {known[0]} to {known[-1]}, with gaps"
         )
     is_file = out.name.endswith((RASTER, VOLUME))
     if is_file and len(set(tiles)) > 1:

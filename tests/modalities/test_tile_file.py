@@ -49,6 +49,7 @@ def same_grid(one: Grid, other: Grid) -> None:
         (Affine(10, 0, 500_000.123456789, 0, 10, 5_000_000), UTM),
         (Affine(8, 6, 500_000, 6, -8, 5_000_000), UTM),
         (Affine(0.0001, 0, 15.00003, 0, -0.00009, 45), "EPSG:4326"),
+        (north_up(), "+proj=laea +lat_0=12.3 +lon_0=45.6 +datum=WGS84 +units=m"),
         (Affine(8, 6, 500_000, 6, -8, 5_000_000), None),
         (None, None),
     ],
