@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, field_validator
 
+from mae_core.chunks import Compression
 from mae_core.settings import Settings
 from modalities.scene import LabelMap, Scene
 from pipelines.preparation_folder import cannot_write, claimed, finished_store, tidy
@@ -35,6 +36,7 @@ class PrepareSettings(Settings):
         (), max_length=3, description="Size of a tile per spatial axis, in voxels; empty: 128 for images, 64 for volumes, by the verb"
     )
     tiles_per_shard: int = Field(32, ge=1, description="Tiles in one file at most")
+    compression: Compression = Field("fast", description="fast: what unpacks fastest; small: packed tighter, unpacked more slowly")
     min_valid_fraction: float = Field(0.25, ge=0, le=1, description="Tiles with a smaller share of counted voxels are thrown away")
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
     split: SplitSettings = SplitSettings()

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from mae_core.chunks import Compression
 from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
@@ -42,6 +43,11 @@ class TilingSettings(Protocol):
     @property
     def tiles_per_shard(self) -> int:
         """Tiles in one file."""
+        ...
+
+    @property
+    def compression(self) -> Compression:
+        """How chunks are packed."""
         ...
 
     @property
@@ -124,6 +130,7 @@ def make_plan(
         "settings": {
             "tile": list(tile),
             "tiles_per_shard": settings.tiles_per_shard,
+            "compression": settings.compression,
             "min_valid_fraction": settings.min_valid_fraction,
             "split": settings.split.model_dump(),
         },
@@ -161,6 +168,7 @@ def make_plan(
         dtype=document["dtype"],
         tiles_per_shard=settings.tiles_per_shard,
         has_labels=bool(labels),
+        compression=settings.compression,
     )
     return PreparationPlan(
         scenes,

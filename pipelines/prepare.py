@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mae_core.settings import Settings, to_plain
+from mae_core.store import TileStore
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.quality import NO_VALUE, Quality
@@ -126,6 +127,8 @@ def tell_report(report: PreparationReport) -> None:
 
 def work(settings: PrepareVerb) -> int:
     """Do it."""
+    from mae_core.store_sheet import sheet_to
+
     catalogue = scan(settings.data, settings.reader)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
@@ -133,6 +136,7 @@ def work(settings: PrepareVerb) -> int:
         f"prepare-{settings.out.name}", None, public(settings), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)
+        sheet_to(tracker, TileStore.open(settings.out, verify="sizes"))
         tracker.dataset(settings.modality, report.digest, "prepared", {"tiles": str(report.accepted)})
     facts = {
         "figures": {"tiles": {**counts, "discarded": dict(report.discarded)}, "bytes": report.num_bytes, "seconds": report.seconds},

@@ -109,6 +109,14 @@ def test_the_store_says_what_it_holds(scenes: Scenes, tmp_path: Path) -> None:
     assert store.attributes["channels"][0] == {"name": "A", "wavelength_nm": None, "resolution_m": None}
 
 
+def test_chunks_are_packed_as_it_was_told(scenes: Scenes, tmp_path: Path) -> None:
+    stores = [TileStore.open(prepare(scenes, tmp_path / kind, changed(compression=kind)).path) for kind in ("fast", "small")]
+    assert [store.arrays["pixels"].codec.compressor for store in stores] == ["lz4", "zstd"]
+    np.testing.assert_array_equal(stores[0].read(5).pixels, stores[1].read(5).pixels)
+    with pytest.raises(PreparationError, match=r"settings.compression: fast there, small now"):
+        prepare(scenes, tmp_path / "fast", changed(compression="small"))
+
+
 def test_tiles_with_too_little_are_thrown_away_and_counted(tmp_path: Path) -> None:
     quality = np.zeros((16, 16), np.uint8)
     quality[:8, :8] = Quality.NODATA

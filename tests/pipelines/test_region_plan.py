@@ -6,7 +6,7 @@ from itertools import combinations, pairwise, product
 from math import prod
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pipelines.region_plan
@@ -29,6 +29,8 @@ def every_cut(num: int) -> list[tuple[int, ...]]:
     return [(0, *chosen, num) for chosen in inner]
 
 
+@example(17, 8, 1, 2, disjoint=False)
+@example(22, 4, 9, 2, disjoint=False)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 25), st.integers(1, 8), st.booleans())
 def test_no_cut_of_an_axis_touches_fewer_blocks(size: int, side: int, block: int, most: int, disjoint: bool) -> None:
     tiles = tile_axis(size, side, disjoint=disjoint)[:9]
