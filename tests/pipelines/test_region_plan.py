@@ -29,9 +29,9 @@ def every_cut(num: int) -> list[tuple[int, ...]]:
     return [(0, *chosen, num) for chosen in inner]
 
 
-@example(17, 8, 1, 2, disjoint=False)
-@example(22, 4, 9, 2, disjoint=False)
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 25), st.integers(1, 8), st.booleans())
+@example(size=17, side=8, block=1, most=2, disjoint=False)
+@example(size=22, side=4, block=9, most=2, disjoint=False)
+@given(size=st.integers(1, 40), side=st.integers(1, 6), block=st.integers(1, 25), most=st.integers(1, 8), disjoint=st.booleans())
 def test_no_cut_of_an_axis_touches_fewer_blocks(size: int, side: int, block: int, most: int, disjoint: bool) -> None:
     tiles = tile_axis(size, side, disjoint=disjoint)[:9]
     cut = cut_axis(tuple(tiles), block, most)
