@@ -43,7 +43,8 @@ def planned(store: TileStore, tiles: Sequence[int], out: Path) -> list[tuple[int
     unknown = sorted(set(tiles) - set(known.tolist()))
     if unknown:
         raise RunError(
-            f"{store.label} has no tile {', '.join(map(str, unknown[:5]))}; it has {len(known)} tiles, numbered {known[0]} to {known[-1]}, with gaps"
+            f"{store.label} has no tile {', '.join(map(str, unknown[:5]))}; it has {len(known)} tiles, "
+            f"numbered {known[0]} to {known[-1]} with gaps"
         )
     is_file = out.name.endswith((RASTER, VOLUME))
     if is_file and len(set(tiles)) > 1:
