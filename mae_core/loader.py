@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,22 +150,24 @@ class Stream:
             for step in range(first, last)
             for number in range(self.micro_batches)
         )
-        with ExitStack() as stack:
-            readers = stack.enter_context(ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="reader"))
-            unpackers = stack.enter_context(ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="unpacker"))
+        threads = self.settings.num_threads
+        with ThreadPoolExecutor(threads, "reader") as readers, ThreadPoolExecutor(threads, "unpacker") as unpackers:
             windows = _Windows(self, readers, first, last)
-            ahead: deque[Future[RawBatch]] = deque()
-            stack.callback(_cancel, ahead, windows)
-            for _ in range(first, last):
-                waited, batches = 0.0, []
-                for _ in range(self.micro_batches):
-                    while len(ahead) < self.settings.prefetch and (start := next(starts, None)) is not None:
-                        positions = np.arange(start, start + micro)
-                        ahead.append(unpackers.submit(self._batch, positions, windows.holding(positions)))
-                    began = perf_counter()
-                    batches.append(ahead.popleft().result())
-                    waited += perf_counter() - began
-                yield batches, waited
+            ahead: deque[Future[Any]] = deque()
+            try:
+                for _ in range(first, last):
+                    waited, batches = 0.0, []
+                    for _ in range(self.micro_batches):
+                        while len(ahead) < self.settings.prefetch and (start := next(starts, None)) is not None:
+                            positions = np.arange(start, start + micro)
+                            ahead.append(unpackers.submit(self._batch, positions, windows.holding(positions)))
+                        began = perf_counter()
+                        batches.append(ahead.popleft().result())
+                        waited += perf_counter() - began
+                    yield batches, waited
+            finally:
+                for future in (*ahead, *windows.pending()):
+                    future.cancel()
 
     def read(self, positions: NDArray[np.int64]) -> RawBatch:
         """The raw batch of samples at positions of the stream, read now.
@@ -227,7 +229,7 @@ class _Windows:
         shards = set(self._stream.store.shards[rows].tolist())
         return [part for window in wanted for shard, part in self._parts[window].items() if shard in shards]
 
-    def pending(self) -> Iterator[Future[dict[int, PackedTile]]]:
+    def pending(self) -> Iterator[Future[Any]]:
         """What has not been read yet."""
         for parts in self._parts.values():
             yield from parts.values()
@@ -259,14 +261,6 @@ class _Windows:
             shards = stream.store.shards[rows]
             for part in np.split(rows, np.flatnonzero(np.diff(shards)) + 1):
                 self._parts[key][int(stream.store.shards[part[0]])] = self._readers.submit(stream.store.fetch, part)
-
-
-def _cancel(ahead: Iterable[Future[RawBatch]], windows: _Windows) -> None:
-    """Nothing that has not begun will begin."""
-    for batch in ahead:
-        batch.cancel()
-    for part in windows.pending():
-        part.cancel()
 
 
 def read_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample) -> RawBatch:

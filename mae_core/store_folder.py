@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -163,7 +163,7 @@ def statistics_of(document: Mapping[str, Any]) -> Statistics:
 
 
 def _is_shard(name: str) -> bool:
-    return PurePosixPath(name).parts[1:2] == ("c",)
+    return name.split("/")[1:2] == ["c"]
 
 
 def _read_manifest(files: StoreFiles) -> dict[str, Any]:
@@ -240,7 +240,9 @@ def _read_index(files: StoreFiles, shape: tuple[int, ...]) -> TileIndex:
     table = parquet.read_table(io.BytesIO(files.read("index.parquet")), use_threads=False)
 
     def text(name: str) -> NDArray[Any]:
-        return np.array(table[name].to_pylist(), dtype=np.str_)
+        column = table[name].combine_chunks().dictionary_encode()  # few names, of which some are long: each is held once
+        names: NDArray[Any] = np.array(column.dictionary.to_pylist(), dtype=object)[column.indices.to_numpy()]
+        return names
 
     def plain(name: str, dtype: type) -> NDArray[Any]:
         return np.asarray(table[name].to_numpy(), dtype=dtype)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-SUBJECTS = ("step", "prepare")
+SUBJECTS = ("step", "prepare", "load", "codec")
 """What can be measured; the first is the default."""
 
 
@@ -30,6 +30,10 @@ def subject(name: str) -> Callable[[Sequence[str]], int]:
             from pipelines.benchmark_step import main as chosen
         case "prepare":
             from pipelines.benchmark_prepare import main as chosen
+        case "load":
+            from pipelines.benchmark_load import main as chosen
+        case "codec":
+            from pipelines.benchmark_codec import main as chosen
         case _:
             raise ValueError(f"{name} is no subject; subjects are {', '.join(SUBJECTS)}")
     return chosen
