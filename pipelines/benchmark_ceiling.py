@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +49,24 @@ class Spent:
 
     Attributes:
         seconds: In the library, without what comes before.
+        processor_seconds: Of them, those in which the process was at work.
         num_bytes: Unpacked, as the file or the store holds them.
         packed: True for packing.
     """
 
     seconds: float
+    processor_seconds: float
     num_bytes: int
     packed: bool
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Seconds to unpack the files and to pack the tiles, and the processor time of both, of all workers together."""
+
+    unpack: float
+    pack: float
+    processor_seconds: float
 
 
 class Workers:
@@ -65,12 +76,12 @@ class Workers:
         self._pool = pool
         self._num_workers = num_workers
 
-    def do(self, units: Iterable[Unit]) -> tuple[float, float]:
-        """Seconds that unpacking and packing take at best: all that was spent, evenly divided among the workers."""
+    def do(self, units: Iterable[Unit]) -> Ceiling:
+        """What unpacking and packing take at best: all that was spent, evenly divided among the workers."""
         spent = list(self._pool.imap_unordered(work, list(units)))
         unpacked = sum(each.seconds for each in spent if not each.packed)
         packed = sum(each.seconds for each in spent if each.packed)
-        return unpacked / self._num_workers, packed / self._num_workers
+        return Ceiling(unpacked / self._num_workers, packed / self._num_workers, sum(each.processor_seconds for each in spent))
 
 
 @contextmanager
@@ -157,18 +168,18 @@ def _unpack_raster(unit: Unpacking) -> Spent:
     import rasterio
     from rasterio.windows import Window
 
-    began = perf_counter()
+    began = _now()
     with rasterio.open(unit.file) as image:
         values = image.read(window=Window.from_slices(unit.rows, unit.columns))
-    return Spent(perf_counter() - began, values.nbytes, packed=False)
+    return Spent(*_since(began), values.nbytes, packed=False)
 
 
 def _unpack_volume(unit: Unpacking) -> Spent:
     import nibabel
 
-    began = perf_counter()
+    began = _now()
     values = np.asarray(nibabel.load(unit.file).dataobj.get_unscaled())
-    return Spent(perf_counter() - began, values.nbytes, packed=False)
+    return Spent(*_since(began), values.nbytes, packed=False)
 
 
 def _pack(unit: Packing) -> Spent:
@@ -176,9 +187,17 @@ def _pack(unit: Packing) -> Spent:
 
     tiles = zarr.open_array(unit.store / "pixels", mode="r")[unit.first : unit.stop]
     array = zarr.open_array(unit.copy / "pixels", mode="r+", config={"write_empty_chunks": True})
-    began = perf_counter()
+    began = _now()
     array[unit.first : unit.stop] = tiles
-    return Spent(perf_counter() - began, np.asarray(tiles).nbytes, packed=True)
+    return Spent(*_since(began), np.asarray(tiles).nbytes, packed=True)
+
+
+def _now() -> tuple[float, float]:
+    return perf_counter(), process_time()
+
+
+def _since(began: tuple[float, float]) -> tuple[float, float]:
+    return perf_counter() - began[0], process_time() - began[1]
 
 
 def _begin(environment: dict[str, str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Literal, Self
 
 import torch
@@ -18,7 +19,7 @@ from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.scene import SceneError
-from pipelines.benchmark_ceiling import ceiling_workers, packing_units, unpacking_units, write_image
+from pipelines.benchmark_ceiling import Ceiling, ceiling_workers, packing_units, unpacking_units, write_image
 from pipelines.benchmark_machine import description
 from pipelines.benchmark_report import busy_note, ratios
 from pipelines.command_line import run
@@ -33,7 +34,7 @@ DESCRIPTION = (
     "prepare: files to tile store, against rasterio or nibabel unpacking the same files and zarr-python packing the same tiles, with as "
     "many processes; no quality and no statistics there. Ratios, not absolute times, are to be compared"
 )
-OURS, STARTED, CEILING = "prepare", "prepare, workers started", "unpack and pack"
+NAMES = OURS, STARTED, CEILING = "prepare", "prepare, workers started", "unpack and pack"
 
 
 class ImageSettings(Settings):
@@ -66,6 +67,21 @@ class PrepareBenchSettings(Settings):
         if self.prepare.num_workers < 1 or self.prepare.scheduler is not None or self.prepare.cluster.kind != "local":
             raise ValueError("what is measured is worker processes of this machine: prepare.num_workers from 1, no scheduler, no cluster")
         return self
+
+
+@dataclass
+class Rounds:
+    """What was measured, by what was done, one figure a round.
+
+    Attributes:
+        seconds: By the clock.
+        processor_seconds: Of all processes at work together, of the workers and of this one; it bears other load on the machine.
+        ceilings: The ceiling in its parts.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    processor_seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES[1:]})
+    ceilings: list[Ceiling] = field(default_factory=list)
 
 
 class Bench:
@@ -117,19 +133,23 @@ class Bench:
         regions = [scene_regions(scene, settings.tile, settings.split, labelled=False)[1] for scene in self.catalogue.scenes]
         return {"touched": sum(each.touched for each in regions), "there": sum(each.blocks for each in regions)}
 
-    def race(self) -> tuple[dict[str, list[float]], list[tuple[float, float]]]:
-        """Seconds of each round by what was done, and the two parts of the ceiling."""
-        seconds: dict[str, list[float]] = {OURS: [], STARTED: [], CEILING: []}
-        parts = []
+    def race(self) -> Rounds:
+        """All rounds."""
+        rounds = Rounds()
         with ceiling_workers(self.settings.prepare.num_workers, GDAL_LIMITS) as others:
             for _ in range(self.settings.rounds):
                 copy = self._folder / "copy"
-                parts.append(others.do([*self.units, *packing_units(self.store, copy)]))
+                ceiling = others.do([*self.units, *packing_units(self.store, copy)])
                 shutil.rmtree(copy)
-                seconds[CEILING].append(sum(parts[-1]))
-                seconds[OURS].append(self.seconds(standing=True))
-                seconds[STARTED].append(self.seconds(standing=False))
-        return seconds, parts
+                before = process_time() + self._workers.processor_seconds()
+                ours = self.seconds(standing=True)
+                processor = process_time() + self._workers.processor_seconds() - before
+                rounds.ceilings.append(ceiling)
+                for name, wall in zip(NAMES, (self.seconds(standing=False), ours, ceiling.unpack + ceiling.pack), strict=True):
+                    rounds.seconds[name].append(wall)
+                rounds.processor_seconds[STARTED].append(processor)
+                rounds.processor_seconds[CEILING].append(ceiling.processor_seconds)
+        return rounds
 
 
 def work(settings: PrepareBenchSettings) -> int:
@@ -137,7 +157,7 @@ def work(settings: PrepareBenchSettings) -> int:
     machine = description(torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="terravox-", dir=settings.scratch) as folder, standing_workers(settings.prepare) as workers:
         bench = Bench(settings, Path(folder), workers)
-        seconds, parts = bench.race()
+        rounds = bench.race()
         data = facts(bench)
         found = {
             "verb": "benchmark",
@@ -145,10 +165,12 @@ def work(settings: PrepareBenchSettings) -> int:
             "machine": machine,
             "num_workers": settings.prepare.num_workers,
             "data": data,
-            "seconds": seconds,
-            "megabytes_per_second": {name: data["pixel_bytes"] / 1e6 / median(each) for name, each in seconds.items()},
-            "ceiling_seconds": {"unpack": median(part[0] for part in parts), "pack": median(part[1] for part in parts)},
-            "of_ceiling": {name: ratios(seconds, [name])[name][CEILING] for name in (OURS, STARTED)},
+            "seconds": rounds.seconds,
+            "processor_seconds": rounds.processor_seconds,
+            "megabytes_per_second": {name: data["pixel_bytes"] / 1e6 / median(each) for name, each in rounds.seconds.items()},
+            "ceiling_seconds": {name: median(getattr(each, name) for each in rounds.ceilings) for name in ("unpack", "pack")},
+            "of_ceiling": {name: ratios(rounds.seconds, [name])[name][CEILING] for name in (OURS, STARTED)},
+            "of_ceiling_by_processor": ratios(rounds.processor_seconds, [STARTED])[STARTED][CEILING],
             "peak_bytes_of_workers": workers.peak_bytes(),
             "blocks": bench.blocks(),
             "config": to_plain(settings),
@@ -179,15 +201,17 @@ def tell(found: Mapping[str, Any]) -> None:
     data, blocks = found["data"], found["blocks"]
     rows = []
     for name, each in found["seconds"].items():
-        share = found["of_ceiling"].get(name)
-        of = f"{share['median']:.2f} ({share['least']:.2f}–{share['most']:.2f})" if share else "1"
-        rows.append((name, f"{median(each):.2f}", f"{found['megabytes_per_second'][name]:.4g}", of))
+        processor = found["processor_seconds"].get(name)
+        time = f"{median(processor):.2f}" if processor else "–"
+        share = _share(found["of_ceiling"].get(name))
+        rows.append((name, f"{median(each):.2f}", time, f"{found['megabytes_per_second'][name]:.4g}", share))
     title = (
         f"{data['tiles']} tiles, {data['pixel_bytes'] / 1e6:.4g} MB of pixels, from {data['files']} files of "
         f"{data['file_bytes'] / 1e6:.4g} MB; {found['num_workers']} worker processes, {found['machine']['name']}"
     )
-    table(title, ("what", "s, middle of the rounds", "MB/s of stored pixels", f"of {CEILING} (least–most)"), rows)
+    table(title, ("what", "s", "processor s", "MB/s of stored pixels", f"of {CEILING}"), rows)
     parts = found["ceiling_seconds"]
+    console.print(f"by processor time, which other load does not change: {_share(found['of_ceiling_by_processor'])} of {CEILING}")
     console.print(
         f"{CEILING}: {parts['unpack']:.2f} s and {parts['pack']:.2f} s | blocks unpacked {blocks['touched']} of {blocks['there']} there "
         f"({blocks['touched'] / blocks['there']:.3f} each) | peak memory of a worker "
@@ -196,6 +220,11 @@ def tell(found: Mapping[str, Any]) -> None:
     )
     if note := busy_note(found["machine"]):
         console.print(note)
+
+
+def _share(found: Mapping[str, float] | None) -> str:
+    """Middle of the rounds, least and most."""
+    return f"{found['median']:.2f} ({found['least']:.2f}–{found['most']:.2f})" if found else "1"
 
 
 def check(settings: PrepareBenchSettings) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from time import process_time
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -243,6 +244,10 @@ class StandingWorkers:
     def peak_bytes(self) -> list[int]:
         """Largest resident memory that each has had."""
         return sorted(self.client.run(peak_bytes).values())
+
+    def processor_seconds(self) -> float:
+        """Time that all together were at work since they were started."""
+        return float(sum(self.client.run(process_time).values()))
 
 
 @contextlib.contextmanager

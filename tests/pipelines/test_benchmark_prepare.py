@@ -45,6 +45,8 @@ def test_the_verb_on_a_made_image(tmp_path: Path, capsys: pytest.CaptureFixture[
     ours, started, ceiling = (found["seconds"][name] for name in ("prepare", "prepare, workers started", "unpack and pack"))
     assert {len(each) for each in (ours, started, ceiling)} == {1}
     assert found["of_ceiling"]["prepare"]["most"] == max(most / own for most, own in zip(ceiling, ours, strict=True))
+    processor = {name: each[0] for name, each in found["processor_seconds"].items()}
+    assert found["of_ceiling_by_processor"]["median"] == processor["unpack and pack"] / processor["prepare, workers started"]
     assert found["megabytes_per_second"]["prepare"] == pytest.approx(9 * 4096 / 1e6 / ours[0])
     assert sum(found["ceiling_seconds"].values()) == pytest.approx(ceiling[0])
     assert found["blocks"] == {"touched": 9, "there": 9}
@@ -95,9 +97,10 @@ def test_the_same_tiles_are_packed_to_the_same_bytes(tmp_path: Path) -> None:
     store = prepare(three_places(tmp_path), tmp_path / "store", HERE).path
     units = packing_units(store, tmp_path / "copy")
     with ceiling_workers(1, {}) as workers:
-        unpacked, packed = workers.do(units)
-    assert unpacked == 0
-    assert packed > 0
+        ceiling = workers.do(units)
+    assert ceiling.unpack == 0
+    assert ceiling.pack > 0
+    assert ceiling.processor_seconds > 0
     ours, theirs = tree(store / "pixels"), tree(tmp_path / "copy" / "pixels")
     index = TileStore.open(store).index.tile
     whole = [unit for unit in units if set(range(unit.first, unit.stop)) <= set(index)]
