@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -57,6 +58,9 @@ CEILING, NAIVE = "unpacking alone", "zarr, crop by crop"
 SMALLEST_S = 0.2
 """A turn reads the store as often as this takes at least."""
 
+PROCESS_S = 1.0
+"""How long processes load side by side."""
+
 
 class LoadSettings(Settings):
     """Settings of `benchmark load`."""
@@ -108,6 +112,17 @@ class Bench:
         seconds = perf_counter() - began
         steps.close()
         return done * size / seconds
+
+    def processes(self, number: int) -> float:
+        """Samples a second of spawned processes that load a share each with one thread, all together.
+
+        What they load stays with them: handing it over would cost more, so this is the most that worker processes could give.
+        """
+        batch = self.settings.batch_size // number
+        shares = [(self.store.label, batch, rank, number) for rank in range(number)]
+        with multiprocessing.get_context("spawn").Pool(number) as pool:
+            pool.map(_share_rate, shares, chunksize=1)  # imports, and the page cache
+            return sum(pool.map(_share_rate, shares, chunksize=1))
 
     def ceiling(self, threads: int) -> float:
         """Tiles a second that are unpacked from memory into memory of a batch."""
@@ -235,6 +250,22 @@ def least_time(work: Callable[[], Any]) -> float:
     return median(times)
 
 
+def _share_rate(share: tuple[str, int, int, int]) -> float:
+    """Samples a second of one process's share of the stream."""
+    address, batch, rank, world = share
+    store = TileStore.open(address, "sizes")
+    loader = LoaderSettings(global_batch_size=batch * world, num_threads=1, prefetch=3)
+    steps = Stream(store, store.rows("train"), loader, 0, Parallel(rank, world, torch.device("cpu"))).steps(0, 1 << 40)
+    next(steps)
+    done, began = 0, perf_counter()
+    while perf_counter() - began < PROCESS_S:
+        next(steps)
+        done += 1
+    rate = done * batch / (perf_counter() - began)
+    steps.close()
+    return rate
+
+
 def _ours(threads: int, crops: int) -> str:
     return f"ours, {threads} thread{'s' if threads > 1 else ''}, {crops} crop{'s' if crops > 1 else ''} a tile"
 
@@ -285,6 +316,7 @@ def work(settings: LoadSettings) -> int:
             "raw_bytes_per_second": bench.raw(),
             "ours_over_ceiling": over(rates, ours, CEILING),
             "ours_over_naive": over(rates, ours, naive),
+            "processes_over_threads": bench.processes(max(settings.threads)) / median(rates[ours]),
             "read_amplification": bench.amplification(),
             "memory": bench.memory(),
             "step": bench.step() if settings.step_seconds else None,
@@ -315,6 +347,7 @@ def tell(found: Mapping[str, Any], ours: str, naive: str) -> None:
         console.print(f"reading the files, {name}: {rate / 1e9:.2f} GB/s of packed bytes")
     if found["read_amplification"] is not None:
         console.print(f"bytes read for each packed byte that is wanted: {found['read_amplification']:.2f}")
+    console.print(f"as many spawned processes, nothing handed over, load at {found['processes_over_threads']:.2f} of the rate of threads")
     memory = found["memory"]
     console.print(
         f"resident memory after 3 and {memory['epochs']:.0f} epochs: {memory['third'] / 1e6:.0f} and {memory['last'] / 1e6:.0f} MB "

@@ -72,7 +72,7 @@ def test_the_processes_share_each_step_whatever_their_number(store: TileStore, w
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_threads": 1}, {"num_threads": 4}, {"prefetch": 1}, {"prefetch": 9}, {"micro_batch_size": 1}, {"micro_batch_size": 2}]
+    "settings", [{"num_threads": 1}, {"num_threads": 7}, {"prefetch": 1}, {"prefetch": 9}, {"micro_batch_size": 1}, {"micro_batch_size": 2}]
 )
 def test_threads_prefetch_and_micro_batches_change_nothing(store: TileStore, settings: dict[str, int]) -> None:
     assert drawn(stream(store, **settings), 0, 7) == drawn(stream(store), 0, 7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from multiprocessing import dummy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn is one reading."""
     monkeypatch.setattr(benchmark_load, "SMALLEST_S", 0.0)
+    monkeypatch.setattr(benchmark_load.multiprocessing, "get_context", lambda _: dummy)  # threads: a process takes seconds to start
 
 
 def figures(out: Path) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def test_every_way_is_measured_in_every_round_against_the_codec(
     assert found["store"]["training_tiles"] == len(store.rows("train"))
     assert 0 <= found["step"]["waiting_fraction"] <= 1
     assert found["memory"]["epochs"] == 3
+    assert found["processes_over_threads"] > 0
     told = " ".join(capsys.readouterr().out.split())
     assert "resident memory after 3 and 3 epochs" in told
     assert "of the time waiting" in told
