@@ -80,31 +80,19 @@ def cut_axis(tiles: tuple[AxisTile, ...], block: int, most: int) -> AxisCut:
     """The cut of an axis in parts of at most `most` tiles that touches the fewest blocks.
 
     A tile that begins where a block does and the tile before it ends is a place to cut that costs nothing. Parts end at the last such
-    place within reach; where there is none, the way to the next is divided evenly. That is the best there is: between two free places
-    that lie `way` tiles apart, any cut has at least `ceil(way / most) - 1` edges. It is done from either end, because the last tile
-    may be moved back over the one before, and is then better not cut off from it.
+    place within reach; where there is none, the way to the next is divided evenly, the longer parts last, so that a tile that is moved
+    back over the one before is not cut off from it. That is the best there is: between two free places that lie `way` tiles apart,
+    any cut has at least `ceil(way / most) - 1` edges.
     """
     free = [number for number in range(1, len(tiles)) if tiles[number][0] % block == 0 and sum(tiles[number - 1][:2]) == tiles[number][0]]
     free.append(len(tiles))
-    mirrored = [len(tiles) - number for number in [0, *free]][-2::-1]
-    from_start, from_end = _edges(free, most), _edges(mirrored, most)
-    found = [_measured(edges, tiles, block) for edges in (from_start, [len(tiles) - edge for edge in reversed(from_end)])]
-    return min(found, key=lambda cut: (cut.touched, len(cut.edges)))
-
-
-def _edges(free: list[int], most: int) -> list[int]:
-    """Edges from 0 to the last free place."""
     edges = [0]
-    while edges[-1] < free[-1]:
+    while edges[-1] < len(tiles):
         start = edges[-1]
         next_free, last_reached = bisect_right(free, start), bisect_right(free, start + most) - 1
         way = free[max(next_free, last_reached)] - start
         parts = -(-way // most)
         edges += [start + way * part // parts for part in range(1, parts + 1)]
-    return edges
-
-
-def _measured(edges: list[int], tiles: tuple[AxisTile, ...], block: int) -> AxisCut:
     spans = [(tiles[first][0], tiles[after - 1][0] + tiles[after - 1][1]) for first, after in pairwise(edges)]
     return AxisCut(
         tuple(edges),
