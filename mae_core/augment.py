@@ -148,7 +148,7 @@ class Normaliser:
         else:
             stored, flags = _tile_each(stored, tile), _tile_each(flags, tile)
             whole = normalise(stored, raw.scale, raw.offset, self.mean, self.std)
-            pixels = interpolate(whole, (flags & self.no_value) == 0, [part.to(device) for part in index])
+            pixels = interpolate(whole, (flags & self.no_value) == 0, [part.to(device, non_blocking=True) for part in index])
         if self.augment is not None and self.augment.intensity:
             pixels = self._changed(pixels, raw.sample, self.augment.intensity)
         labels = None if raw.labels is None else pick_voxels(raw.labels.to(device, non_blocking=True)[:, None], near, tile)[:, 0].long()
@@ -211,7 +211,7 @@ class Normaliser:
         """Each channel of each sample scaled by `1 ± most` and shifted by `± most`."""
         channels = torch.arange(2 * pixels.shape[1])
         drawn = (2 * counter_share(self.seed, STREAM_INTENSITY, *sample.words(channels.device), channels) - 1) * most
-        gain, shift = drawn.float().to(pixels.device).reshape(len(pixels), 2, -1, *(1,) * (pixels.ndim - 2)).unbind(1)
+        gain, shift = drawn.float().to(pixels.device, non_blocking=True).reshape(len(pixels), 2, -1, *(1,) * (pixels.ndim - 2)).unbind(1)
         return pixels * (1 + gain) + shift
 
 
@@ -244,7 +244,7 @@ def interpolate(
         low = part.floor().long().clamp(0, size - 1)
         share = (part - low).clamp(0, 1).float()
         corners.append(((low, 1 - share), ((low + 1).clamp(max=size - 1), share)))
-    total, weight = torch.zeros(()), torch.zeros(())
+    total, weight = torch.zeros((), device=array.device), torch.zeros((), device=array.device)
     for chosen in itertools.product(*corners):
         places = [place for place, _ in chosen]
         share = torch.ones((), device=array.device)
@@ -252,8 +252,8 @@ def interpolate(
             share = share * part
         here = pick_voxels(ok, places)
         share = torch.where(here, share[:, None], 0.0)
-        total = total.to(share.device) + torch.where(here, pick_voxels(array, places), 0.0) * share
-        weight = weight.to(share.device) + share
+        total = total + torch.where(here, pick_voxels(array, places), 0.0) * share
+        weight = weight + share
     return total / weight.clamp(min=1e-6)
 
 
@@ -262,8 +262,8 @@ def normalise(pixels: Tensor, scale: Tensor, offset: Tensor, mean: Sequence[floa
     shape = (*scale.shape, *(1,) * (pixels.ndim - 2))
     centre = torch.tensor(mean, dtype=torch.float64)
     width = torch.tensor(std, dtype=torch.float64)
-    gain = (scale.double() / width).float().reshape(shape).to(pixels.device)
-    shift = ((offset.double() - centre) / width).float().reshape(shape).to(pixels.device)
+    gain = (scale.double() / width).float().reshape(shape).to(pixels.device, non_blocking=True)
+    shift = ((offset.double() - centre) / width).float().reshape(shape).to(pixels.device, non_blocking=True)
     return pixels.float() * gain + shift
 
 

@@ -75,7 +75,8 @@ class PerceptualLoss:
         known = per_channel(batch.counted, batch.present)
         filled = torch.where(reached & known, filled, pixels)
         hidden = reached.any(dim=1) & batch.counted
-        gain, shift = (torch.tensor(part, device=pixels.device).reshape(-1, *(1,) * len(layout.grid)) for part in (self.gain, self.shift))
+        parts = (torch.tensor(part).to(pixels.device, non_blocking=True) for part in (self.gain, self.shift))
+        gain, shift = (part.reshape(-1, *(1,) * len(layout.grid)) for part in parts)
         true, made = (torch.where(known, image * gain + shift, 0.0) for image in (pixels, filled))
         sums, count = self.term(true, made, hidden, None, self.channels)
         mean: Tensor = sums / count.clamp(min=1)

@@ -195,5 +195,5 @@ def tokens_valid(
     valid = token_valid(counted, layout.stride, min_fraction)
     if len(layout.groups) == 1:
         return valid
-    there = torch.stack([present[:, list(group)].any(dim=1) for group in layout.groups], dim=1)
+    there = (present[:, None] & layout.member(present.device)).any(dim=2)
     return (valid[:, None] & there[:, :, None]).flatten(1)

@@ -186,10 +186,12 @@ class TokenLayout:
 
     def own(self, ids: Int[Tensor, "batch count"]) -> Bool[Tensor, "batch count channel 1"]:
         """Which channels belong to the group of each token."""
-        member = torch.zeros(len(self.groups), self.num_channels, dtype=torch.bool, device=ids.device)
-        for number, group in enumerate(self.groups):
-            member[number, list(group)] = True
-        return member[ids // self.num_places][..., None]
+        return self.member(ids.device)[ids // self.num_places][..., None]
+
+    def member(self, device: torch.device) -> Bool[Tensor, "group channel"]:
+        """Which channels belong to each group."""
+        member = torch.tensor([[channel in group for channel in range(self.num_channels)] for group in self.groups])
+        return member.to(device, non_blocking=True)
 
     def seen(self, ids: Tensor, used: Tensor) -> Bool[Tensor, "batch channel *space"]:
         """Voxels that lie in one token at least of those that are used."""

@@ -275,7 +275,7 @@ def all_tokens(layout: TokenLayout, pixels: Tensor, has_value: Bool[Tensor, "bat
 
 def token_size(context: Context | None, step: Sequence[int]) -> Float[Tensor, "batch axis"] | None:
     """Physical distance between tokens along each axis, if the distance between voxels is known."""
-    return None if context is None else context.spacing * torch.tensor(step, device=context.spacing.device)
+    return None if context is None else torch.stack([context.spacing[:, axis] * size for axis, size in enumerate(step)], dim=1)
 
 
 def channel_groups(groups: Sequence[Sequence[str]] | Literal["each"], channels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
