@@ -161,8 +161,10 @@ def read_bands(bands: Sequence[BandFile], window: Window) -> tuple[NDArray[np.ge
             if source.shape != bands[0].grid.space or source.count < max(band.index for band in bands):
                 raise SceneError(f"{path} has changed since it was catalogued: {source.count} bands of {source.shape}; catalogue it again")
             values = source.read([band.index for band in bands], window=part)
-            flags = np.stack([_flags(band, one) for band, one in zip(bands, values, strict=True)])
-            flags |= _declared(source, bands, part)
+            flags = np.zeros(values.shape, np.uint8)
+            for band, one, own in zip(bands, values, flags, strict=True):
+                _flag(band, one, own)
+            _flag_declared(source, bands, part, flags)
     except BROKEN as error:
         raise SceneError(f"cannot read {path} at {_slices(window)}: {plain(error, path)}; copy it anew from its source") from error
     return values, flags
@@ -285,9 +287,8 @@ def _nodata(value: float | None) -> Nodata:
     return "nan" if value is not None and math.isnan(value) else value
 
 
-def _flags(band: BandFile, values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """What the stored values of a band say about themselves."""
-    flags = np.zeros(values.shape, np.uint8)
+def _flag(band: BandFile, values: NDArray[np.generic], flags: NDArray[np.uint8]) -> None:
+    """Adds what the stored values of a band say about themselves."""
     if band.nodata == "nan":
         flags |= _bits(np.isnan(values), Quality.NODATA)
     elif band.nodata is not None:
@@ -298,27 +299,23 @@ def _flags(band: BandFile, values: NDArray[np.generic]) -> NDArray[np.uint8]:
         flags |= _bits(~np.isfinite(values) & (flags == 0), Quality.NOT_FINITE)
     if band.saturated is not None:
         flags |= _bits(values == band.saturated, Quality.SATURATED)
-    return flags
 
 
-def _declared(source: Any, bands: Sequence[BandFile], part: RasterWindow) -> NDArray[np.uint8]:
-    """`(band, row, column)` of what alpha, validity and mask bands of the file say.
+def _flag_declared(source: Any, bands: Sequence[BandFile], part: RasterWindow, flags: NDArray[np.uint8]) -> None:
+    """Adds what alpha, validity and mask bands of the file say, to `(band, row, column)`; most files have none.
 
     GDAL lets a nodata value outrank an alpha band, so that band is read as such.
     """
-    shape = (len(bands), int(part.height), int(part.width))
-    empty = np.zeros(shape, bool)
     for i, colour in enumerate(source.colorinterp):
         if colour == ColorInterp.alpha:
-            empty |= source.read(i + 1, window=part) == 0
+            flags |= _bits(source.read(i + 1, window=part) == 0, Quality.NODATA)
     all_kinds = source.mask_flag_enums
     for i, band in enumerate(bands):
         kinds = set(all_kinds[band.index - 1])
         if not kinds & {MaskFlags.all_valid, MaskFlags.alpha} and kinds != {MaskFlags.nodata}:
-            empty[i] |= source.read_masks(band.index, window=part) == 0
+            flags[i] |= _bits(source.read_masks(band.index, window=part) == 0, Quality.NODATA)
         if band.validity_index is not None:
-            empty[i] |= source.read(band.validity_index, window=part) == 0
-    return _bits(empty, Quality.NODATA)
+            flags[i] |= _bits(source.read(band.validity_index, window=part) == 0, Quality.NODATA)
 
 
 def _bits(where: NDArray[np.bool_], flag: Quality) -> NDArray[np.uint8]:

@@ -35,6 +35,10 @@ class AxisMap:
         """True where every target voxel is a source voxel: a property of the lattices, the same for every window."""
         return abs(self.scale) == 1 and self.offset.is_integer()
 
+    def runs_beside(self, part: slice) -> bool:
+        """True where the target indices in `part` are as many source indices, one after another, and all of them there."""
+        return self.scale == 1 and self.offset.is_integer() and part.start + self.offset >= 0 and part.stop + self.offset <= self.size
+
     def positions(self, part: slice) -> NDArray[np.float64]:
         """Source positions of the target indices in `part`; whole numbers are centres of source voxels."""
         return self.scale * np.arange(part.start, part.stop, dtype=np.float64) + self.offset
@@ -107,7 +111,7 @@ def _axis(scale: float, offset: float, target_size: int, size: int) -> AxisMap:
 def bilinear(
     values: NDArray[np.generic], flags: NDArray[np.uint8], axes: tuple[AxisMap, AxisMap], window: Window
 ) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
-    """Values in their own dtype and flags, `(row, column)`, of the target's `window`.
+    """Values in their own dtype and flags, `(row, column)`, of the target's `window`; what is given, where there is nothing to do.
 
     A source voxel with any flag has no weight. A target voxel takes the flags of the source voxel it lies on, and
     `OUTSIDE` where there is none; under any flag its value is zero unless the lattices coincide. Integers are rounded.
@@ -118,6 +122,8 @@ def bilinear(
         axes: Rows and columns of the target on the source, from `align`.
         window: Of the target.
     """
+    if all(axis.runs_beside(part) for axis, part in zip(axes, window, strict=True)):
+        return values, flags
     (low_row, high_row, row_share), (low_col, high_col, col_share) = (a.neighbours(p) for a, p in zip(axes, window, strict=True))
     row_start, col_start = (axis.needed(part).start for axis, part in zip(axes, window, strict=True))
     nearest_row = low_row + (row_share > 0.5) - row_start

@@ -11,7 +11,7 @@ from rasterio.transform import Affine
 from modalities.grid import Grid
 from modalities.quality import Quality
 from modalities.raster import assemble
-from modalities.resample import align, bilinear
+from modalities.resample import AxisMap, align, bilinear
 from tests.synthetic_rasters import (
     UTM,
     band_of,
@@ -73,6 +73,25 @@ def test_any_window_of_the_sampler_gives_the_numbers_of_the_whole(
     np.testing.assert_array_equal(some, whole[window])
     np.testing.assert_array_equal(some_flags, whole_flags[window])
     assert some.dtype == values.dtype
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (3, 0), (0, -4), (-2, 5)])
+@pytest.mark.parametrize("step", [1.0, -1.0])
+def test_bands_that_coincide_are_cut_out_and_nothing_is_made_up_where_one_ends(shift: tuple[int, int], step: float) -> None:
+    rng = np.random.default_rng(2)
+    rows, columns = AxisMap(step, float(shift[0] + 11 * (step < 0)), 12), AxisMap(1.0, float(shift[1]), 18)
+    values, flags = rng.integers(1, 9, (12, 18)), (rng.random((12, 18)) < 0.3).astype(np.uint8)
+    for window in ((slice(0, 12), slice(0, 18)), (slice(4, 7), slice(6, 9)), (slice(0, 12), slice(6, 9))):
+        part = rows.needed(window[0]), columns.needed(window[1])
+        got, got_flags = bilinear(values[part], flags[part], (rows, columns), window)
+        assert got.shape == got_flags.shape == tuple(one.stop - one.start for one in window)
+        for i, row in enumerate(range(*window[0].indices(12))):
+            for j, column in enumerate(range(*window[1].indices(18))):
+                y, x = int(step) * row + int(rows.offset), column + shift[1]
+                if 0 <= y < 12 and 0 <= x < 18:
+                    assert (got[i, j], got_flags[i, j]) == (values[y, x], flags[y, x])
+                else:
+                    assert got_flags[i, j] == Quality.OUTSIDE
 
 
 def test_the_sampler_equals_a_loop_over_pixels() -> None:
