@@ -18,8 +18,9 @@ from mae_core.masking import RandomHiding, Sample, hide
 from mae_core.nd import per_axis, token_grid
 from mae_core.optim import OptimSettings, make_optimiser
 from mae_core.settings import Settings
-from mae_core.train import autocast, computes_bf16
+from mae_core.train import autocast
 from pipelines.benchmark_peers import Peer, PeerError, PeerShape, make_peer
+from pipelines.kernels import trained_in
 from pipelines.run_folder import RunError
 
 EAGER, COMPILED = "terravox", "terravox compiled"
@@ -108,8 +109,7 @@ class Bench:
     @property
     def dtype(self) -> torch.dtype:
         """What matrices are multiplied in."""
-        precision = self.settings.precision
-        return torch.bfloat16 if precision == "bf16" or (precision == "auto" and computes_bf16(self.device)) else torch.float32
+        return trained_in(self.settings.precision, self.device)
 
 
 def make_bench(settings: StepSettings) -> Bench:

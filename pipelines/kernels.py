@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from mae_core.attention import AttentionShape, choose_kernels, pinned, product_dtype
 from mae_core.parallel import Parallel
 from mae_core.train import autocast
+
+
+def trained_in(precision: str, device: torch.device) -> torch.dtype:
+    """What a training of this precision multiplies matrices in."""
+    with autocast(precision, device):
+        return product_dtype(device)
 
 
 @contextmanager
@@ -26,9 +34,8 @@ def checked_attention(
     Raises:
         AttentionError: None computes what it should.
     """
-    with autocast(precision, parallel.device):
-        dtype = product_dtype(parallel.device)
-    seconds = choose_kernels(shapes, parallel.device, dtype, batch, parallel.sum)
+    device = parallel.device
+    seconds = choose_kernels(shapes, device, trained_in(precision, device), batch, parallel.sum)
     if seconds:
         times = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in seconds.items())
         say(f"attention by the first of these kernels that can do what is asked: {times}")
