@@ -81,11 +81,10 @@ class ChunkCodec:
 
 def default_codec(dtype: str, compression: Compression = "fast") -> ChunkCodec:
     """What an array of an element type is packed with."""
-    size = np.dtype(dtype).itemsize
-    shuffle: Literal["shuffle", "bitshuffle"] = "bitshuffle" if np.dtype(dtype).kind in "iu" and size == 2 else "shuffle"
-    if compression == "fast":
-        return ChunkCodec("blosc", "lz4", BLOSC_LEVEL, shuffle)
-    return ChunkCodec("zstd", "zstd", ZSTD_LEVEL) if size == 1 else ChunkCodec("blosc", "zstd", ZSTD_LEVEL, shuffle)
+    words = np.dtype(dtype).kind in "iu" and np.dtype(dtype).itemsize == 2
+    if compression == "small":
+        return ChunkCodec("blosc", "zstd", ZSTD_LEVEL, "bitshuffle") if words else ChunkCodec("zstd", "zstd", ZSTD_LEVEL)
+    return ChunkCodec("blosc", "lz4", BLOSC_LEVEL, "bitshuffle" if words else "shuffle")
 
 
 def codec_of(documents: list[dict[str, Any]]) -> ChunkCodec:

@@ -27,14 +27,14 @@ def reconstruction(panels: Sequence[Panel], title: str) -> NDArray[np.uint8]:
     axes = figure.subplots(len(panels), 4, squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
         chosen = _channels(panel)
-        images = [_plane(part[chosen]) for part in (panel.pixels, panel.shown, panel.filled)]
+        images = [plane(part[chosen]) for part in (panel.pixels, panel.shown, panel.filled)]
         low, high = np.percentile(images[0], [1, 99], axis=(0, 1), keepdims=True)
         spread = np.maximum(high - low, 1e-6)
         for place, image, name in zip(row, images, ("input", "shown", "prediction"), strict=False):
             grey = np.where(np.isnan(image), 0.5, np.clip((image - low) / spread, 0, 1))
             place.imshow(grey if grey.shape[-1] == 3 else grey[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             place.set_title(name, fontsize=8)
-        _error(row[3], _plane(panel.error[chosen]))
+        _error(row[3], plane(panel.error[chosen]))
         names = "/".join(panel.channels[index] for index in chosen)
         row[0].set_ylabel(names, fontsize=8)
         for place in row:
@@ -75,7 +75,7 @@ def _channels(panel: Panel) -> list[int]:
     return filled[:1] or [0]
 
 
-def _plane(array: NDArray[np.float32]) -> NDArray[np.float32]:
+def plane(array: NDArray[np.float32]) -> NDArray[np.float32]:
     """`(row, column, channel)` of `(channel, *space)` with one to three axes; of a volume the middle last-axis plane."""
     if array.ndim == 4:
         array = array[..., array.shape[-1] // 2].swapaxes(1, 2)[:, ::-1]

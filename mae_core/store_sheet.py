@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mae_core.figures import TRUE_COLOUR, _plane, render
+from mae_core.figures import TRUE_COLOUR, plane, render
 from mae_core.store import Split, Tile, TileStore
 from mae_core.tracking import Tracker
 
@@ -151,8 +151,8 @@ def _picture(store: TileStore, tile: Tile) -> tuple[NDArray[np.float64], float, 
         inside = (*inside[:2], _fullest_plane(tile.quality[inside]))
     by_channel = (-1, *(1 for _ in tile.extent))
     values = tile.pixels[chosen][(slice(None), *inside)] * tile.scale[chosen].reshape(by_channel) + tile.offset[chosen].reshape(by_channel)
-    image = _plane(values.astype(np.float32)).astype(np.float64)
-    quality = _plane(tile.quality[inside].astype(np.float32)[None])[..., 0].astype(np.uint8)
+    image = plane(values.astype(np.float32)).astype(np.float64)
+    quality = plane(tile.quality[inside].astype(np.float32)[None])[..., 0].astype(np.uint8)
     nothing, seen = (quality & store.no_value) != 0, image[quality == 0]
     low, high = np.percentile(seen, [1, 99], axis=0) if len(seen) else (np.zeros(len(chosen)), np.ones(len(chosen)))
     grey = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,7 @@ SUBJECTS = {
     "info": "what a store holds, from its metadata; --json prints it for scripts",
     "verify": "whether a store is whole: every file, every tile's chunk, all that is wrong by array and tiles; exit code 1 if anything is",
     "export": "tiles as GeoTIFF or NIfTI at their place, with their quality and labels beside",
+    "merge": "several stores as one: a folder that names them, with nothing copied; takes several stores",
     "sheet": "one page on a store as a picture: tiles, histograms, where they lie, what was thrown away",
 }
 EXPECTED = (StoreError, SceneError, RunError)
@@ -59,6 +62,13 @@ class ExportSettings(StoreSettings):
     out: Path = Field(description="Folder; for one tile also a file that ends in .tif (images) or .nii.gz (volumes)")
 
 
+class MergeSettings(Settings):
+    """Settings of `store merge`."""
+
+    stores: tuple[Path, ...] = Field(min_length=2, description="Folders of the stores; also the first words after the subject")
+    out: Path = Field(description="Folder of the view, new or empty")
+
+
 class SheetSettings(StoreSettings):
     """Settings of `store sheet`."""
 
@@ -73,8 +83,6 @@ def info(settings: InfoSettings) -> int:
 
     found = facts(TileStore.open(address(settings.store), verify="sizes"))
     if settings.format == "json":
-        import json
-
         print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
     else:
         tell(found)
@@ -109,6 +117,31 @@ def export(settings: ExportSettings) -> int:
     for line in export_tiles(address(settings.store), settings.tile, settings.out):
         console.print(line, markup=False)
     return 0
+
+
+def merge(settings: MergeSettings) -> int:
+    """Write the view of several stores."""
+    from pipelines.store_merge import merge_stores
+
+    view = merge_stores(settings.stores, settings.out)
+    sides = ", ".join(f"{len(view.rows(side))} {side}" for side in ("train", "val"))
+    console.print(
+        f"{settings.out}: a view of {len(view.folders)} stores, {len(view)} tiles ({sides}), channels {', '.join(view.channels)}; "
+        f"digest {view.digest[:12]}",
+        markup=False,
+    )
+    return 0
+
+
+def check_merge(settings: MergeSettings) -> list[str]:
+    """Problems that only the stores can tell."""
+    from pipelines.store_merge import checked
+
+    try:
+        checked(settings.stores, settings.out)
+    except StoreError as error:
+        return [str(error)]
+    return []
 
 
 def sheet(settings: SheetSettings) -> int:
@@ -153,10 +186,20 @@ def address(store: str) -> Path | str:
 def arguments(words: Sequence[str]) -> list[str]:
     """The words after the subject in the grammar of all verbs: a first word that is no setting is the store."""
     rest = list(words)
-    if rest and not rest[0].startswith("-") and ("=" not in rest[0] or Path(rest[0]).exists()):
+    if rest and _is_store(rest[0]):
         rest[0] = f"store={rest[0]}"
     short = {"--json": "format=json", "json=true": "format=json", "json=false": "format=text"}
     return [short.get(word, word) for word in rest]
+
+
+def several(words: Sequence[str]) -> list[str]:
+    """The same for a subject that takes several stores: all first words that are no setting."""
+    stores = list(takewhile(_is_store, words))
+    return [*([f"stores={json.dumps(stores)}"] if stores else []), *words[len(stores) :]]
+
+
+def _is_store(word: str) -> bool:
+    return not word.startswith("-") and ("=" not in word or Path(word).exists())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,14 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"subjects are {', '.join(SUBJECTS)}"
         print(f"terravox store: unknown subject {words[0]}; {hint}", file=sys.stderr)
         return 2
-    return subject(words[0])(arguments(words[1:]))
+    return subject(words[0])(several(words[1:]) if words[0] == "merge" else arguments(words[1:]))
 
 
 def subject(name: str) -> Callable[[Sequence[str]], int]:
     """What runs a subject with its arguments."""
 
     def chosen(argv: Sequence[str]) -> int:
-        about = f"{SUBJECTS[name]}. Run it as: python pipelines/store.py {name} STORE [KEY=VALUE]..."
+        stores = "STORE STORE..." if name == "merge" else "STORE"
+        about = f"{SUBJECTS[name]}. Run it as: python pipelines/store.py {name} {stores} [KEY=VALUE]..."
         match name:
             case "info":
                 return run("store", InfoSettings, info, check=check, description=about, expected=EXPECTED, argv=argv)
@@ -185,6 +229,8 @@ def subject(name: str) -> Callable[[Sequence[str]], int]:
                 return run("store", VerifySettings, verify, description=about, expected=EXPECTED, argv=argv)
             case "export":
                 return run("store", ExportSettings, export, check=check, description=about, expected=EXPECTED, argv=argv)
+            case "merge":
+                return run("store", MergeSettings, merge, check=check_merge, description=about, expected=EXPECTED, argv=argv)
             case "sheet":
                 return run("store", SheetSettings, sheet, check=check, description=about, expected=EXPECTED, argv=argv)
         raise ValueError(f"{name} is no subject; subjects are {', '.join(SUBJECTS)}")

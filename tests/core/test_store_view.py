@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,73 +16,9 @@ from hypothesis import strategies as st
 from mae_core.loader import LoaderSettings, Stream
 from mae_core.store import StoreError, TileIndex, TileStore
 from mae_core.store_view import write_view
-from mae_core.store_writer import ShardWriter, StoreLayout, finish, merge_moments
+from mae_core.store_writer import merge_moments
+from tests.synthetic_stores import pixels_of, small_store
 from tests.tiny_runs import ALONE
-
-SPACE = (5, 6)
-
-
-def pixels_of(name: str, tile: int, channels: tuple[str, ...]) -> np.ndarray:
-    """Values that tell store, tile and channel."""
-    base = 1000 * (ord(name[0]) - ord("a")) + 10 * tile
-    return np.stack([np.full(SPACE, base + "ABC".index(channel), np.int16) for channel in channels])
-
-
-def write(
-    folder: Path, name: str, channels: tuple[str, ...] = ("A", "B"), groups: Mapping[str, str] | None = None, **layout: Any
-) -> TileStore:
-    """A store of seven tiles, three a shard, of which tile 2 is left empty; two scenes, each a group, the second held out."""
-    given = {"num_tiles": 7, "tile": SPACE, "axes": ("y", "x"), "dtype": "int16", "tiles_per_shard": 3, "has_labels": False} | layout
-    plan = StoreLayout(channels=channels, **given)
-    tiles = [tile for tile in range(7) if tile != 2]
-    shards: dict[str, Any] = {}
-    for shard in range(plan.num_shards):
-        with ShardWriter(folder, plan, shard) as writer:
-            for tile in (tile for tile in tiles if tile // 3 == shard):
-                values = pixels_of(name, tile, channels).astype(plan.dtype)
-                writer.add(tile, values, np.full(SPACE, tile, np.uint8), np.zeros(SPACE, np.int16) if plan.has_labels else None)
-        shards |= writer.files
-    sides = dict(groups or {f"{name} 0": "train", f"{name} 1": "val"})
-    rows = []
-    for tile in tiles:
-        group = list(sides)[tile // 4]
-        rows.append(
-            {
-                "tile": tile,
-                "scene": f"scene {name} {tile // 4}",
-                "group": group,
-                "split": sides[group],
-                "origin": [0, tile],
-                "extent": list(SPACE),
-                "owned": list(SPACE),
-                "affine": [1.0, 0, tile, 0, 1, 0, 0, 0, 1],
-                "frame": "EPSG:32632",
-                "unit": "m",
-                "valid_fraction": 1.0,
-                "present": [True] * len(channels),
-                "scale": [0.5] * len(channels),
-                "offset": [1.0] * len(channels),
-            }
-        )
-    width = len(channels)
-    values = np.array([pixels_of(name, tile, channels)[:, 0, 0] for tile in (0, 1, 3)], np.float64)
-    moments: dict[str, Any] = {"count": [3] * width, "mean": values.mean(0).tolist(), "m2": (values.var(0) * 3).tolist()}
-    moments |= {"min": values.min(0).tolist(), "max": values.max(0).tolist()}
-    finish(
-        folder,
-        plan,
-        attributes={
-            "kind": "raster",
-            "channels": [{"name": channel} for channel in channels],
-            "no_value": 127,
-            "classes": [0, ord(name[0])],
-        },
-        rows=rows,
-        statistics=merge_moments([moments], width),
-        shards=shards,
-        manifest={"tiles": {"accepted": 6, "found": 7, "train": 3, "val": 3, "discarded": {"too little": 1}}, "notes": [f"note of {name}"]},
-    )
-    return TileStore.open(folder)
 
 
 def merged(folder: Path, *stores: TileStore) -> TileStore:
@@ -92,7 +27,7 @@ def merged(folder: Path, *stores: TileStore) -> TileStore:
 
 
 def test_a_view_is_the_tiles_of_each_store_in_turn(tmp_path: Path) -> None:
-    stores = [write(tmp_path / name, name) for name in ("a", "b", "c")]
+    stores = [small_store(tmp_path / name, name) for name in ("a", "b", "c")]
     view = merged(tmp_path / "view", *stores)
     assert [path.name for path in (tmp_path / "view").iterdir()] == ["view.json"], "nothing is copied"
     assert len(view) == 18
@@ -118,7 +53,7 @@ def test_a_view_is_the_tiles_of_each_store_in_turn(tmp_path: Path) -> None:
 
 
 def test_statistics_are_those_of_all_training_tiles(tmp_path: Path) -> None:
-    view = merged(tmp_path / "view", write(tmp_path / "a", "a"), write(tmp_path / "b", "b", ("B", "C")))
+    view = merged(tmp_path / "view", small_store(tmp_path / "a", "a"), small_store(tmp_path / "b", "b", ("B", "C")))
     assert view.channels == ("A", "B", "C")
     first = np.array([[pixels_of("a", tile, ("A", "B"))[:, 0, 0]] for tile in (0, 1, 3)], np.float64).reshape(3, 2)
     second = np.array([[pixels_of("b", tile, ("B", "C"))[:, 0, 0]] for tile in (0, 1, 3)], np.float64).reshape(3, 2)
@@ -131,7 +66,7 @@ def test_statistics_are_those_of_all_training_tiles(tmp_path: Path) -> None:
 
 
 def test_channels_are_brought_together_by_name_and_what_a_store_lacks_is_absent(tmp_path: Path) -> None:
-    view = merged(tmp_path / "view", write(tmp_path / "a", "a", ("A", "B")), write(tmp_path / "b", "b", ("C", "B")))
+    view = merged(tmp_path / "view", small_store(tmp_path / "a", "a", ("A", "B")), small_store(tmp_path / "b", "b", ("C", "B")))
     assert view.channels == ("A", "B", "C")
     first, second = view.read(1), view.read(7)
     assert (first.present.tolist(), second.present.tolist()) == ([True, True, False], [False, True, True])
@@ -141,7 +76,7 @@ def test_channels_are_brought_together_by_name_and_what_a_store_lacks_is_absent(
 
 
 def test_a_view_is_trained_on_like_a_store(tmp_path: Path) -> None:
-    view = merged(tmp_path / "view", write(tmp_path / "a", "a"), write(tmp_path / "b", "b", ("B", "A")))
+    view = merged(tmp_path / "view", small_store(tmp_path / "a", "a"), small_store(tmp_path / "b", "b", ("B", "A")))
     stream = Stream(view, view.rows("train"), LoaderSettings(global_batch_size=3, window_shards=2), 0, ALONE)
     row_of = {int(tile): row for row, tile in enumerate(view.index.tile)}
     seen = []
@@ -154,20 +89,20 @@ def test_a_view_is_trained_on_like_a_store(tmp_path: Path) -> None:
 
 def test_moved_together_it_still_reads_and_a_store_that_changed_is_named(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
-    stores = [write(tmp_path / "one" / name, name) for name in ("a", "b")]
+    stores = [small_store(tmp_path / "one" / name, name) for name in ("a", "b")]
     digest = merged(tmp_path / "one" / "view", *stores).digest
     (tmp_path / "one").rename(tmp_path / "two")
     assert TileStore.open(tmp_path / "two" / "view").digest == digest
     shutil.rmtree(tmp_path / "two" / "b")
     with pytest.raises(StoreError, match=r"view: its store \.\./b cannot be read .*put it back or merge again"):
         TileStore.open(tmp_path / "two" / "view")
-    write(tmp_path / "two" / "b", "d")
+    small_store(tmp_path / "two" / "b", "d")
     with pytest.raises(StoreError, match=r"its store \.\./b has changed since they were merged .*merge again"):
         TileStore.open(tmp_path / "two" / "view")
 
 
 def test_damage_in_a_member_is_named(tmp_path: Path) -> None:
-    view = merged(tmp_path / "view", write(tmp_path / "a", "a"), write(tmp_path / "b", "b"))
+    view = merged(tmp_path / "view", small_store(tmp_path / "a", "a"), small_store(tmp_path / "b", "b"))
     (tmp_path / "b" / "pixels/c/1/0/0/0").unlink()
     assert next(problem.split(": ", 1)[1] for problem in view.verify()) == "pixels shard c/1/0/0/0 (tiles 3–5) is missing"
     assert str(tmp_path / "b") in view.verify()[0]
@@ -186,19 +121,19 @@ def test_damage_in_a_member_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, other: dict[str, Any], words: str) -> None:
-    first = write(tmp_path / "first", "a")
-    second = write(tmp_path / "second", **({"name": "b"} | other))
+    first = small_store(tmp_path / "first", "a")
+    second = small_store(tmp_path / "second", **({"name": "b"} | other))
     with pytest.raises(StoreError, match=words):
         merged(tmp_path / "view", first, second)
 
 
 def test_a_view_is_written_into_an_empty_folder_once_for_each_store(tmp_path: Path) -> None:
-    store = write(tmp_path / "a", "a")
+    store = small_store(tmp_path / "a", "a")
     with pytest.raises(StoreError, match="named more than once"):
         write_view(tmp_path / "view", [store.path, store.path])
     with pytest.raises(StoreError, match="is taken; a view wants a new or empty folder"):
         write_view(tmp_path / "a", [store.path])
-    merged(tmp_path / "view", store, write(tmp_path / "b", "b"))
+    merged(tmp_path / "view", store, small_store(tmp_path / "b", "b"))
     for change in ({"format": "other"}, {"stores": []}, {"stores": [{"path": 1}]}):
         document = json.loads((tmp_path / "view/view.json").read_text()) | change
         (tmp_path / "spoilt").mkdir(exist_ok=True)

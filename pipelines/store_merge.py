@@ -1,0 +1,67 @@
+"""Several stores become a view of all, once it is sure that nothing held out in one is trained on in another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+
+from mae_core.shards import StoreError
+from mae_core.store import Split, TileStore
+from mae_core.store_files import LocalFiles
+from mae_core.store_view import VIEW, combine, write_view
+from pipelines.tiling_plan import Ground, overlapping
+
+UNPLACED = ("", "RAS+")
+"""Frames of which equal coordinates do not mean equal ground: each body, and each image without a place, has its own."""
+
+
+def merge_stores(stores: Sequence[Path], out: Path) -> TileStore:
+    """The view of some stores, written to `out`; nothing is copied and no store is changed.
+
+    Raises:
+        StoreError: A store is damaged, is itself a view or is named twice, they do not go together, or ground that is held out in one
+            is trained on in another; nothing is written then.
+    """
+    opened = checked(stores, out)
+    write_view(out, [store.path for store in opened])
+    return TileStore.open(out, verify="sizes")
+
+
+def checked(stores: Sequence[Path], out: Path) -> list[TileStore]:
+    """The stores, opened, if they can be joined; raises as `merge_stores` does."""
+    if len(stores) < 2:
+        raise StoreError(f"{len(stores)} store is named; a view joins two at least: store merge STORE STORE … --out DIR")
+    views = [str(store) for store in stores if (store / VIEW).exists()]
+    if views:
+        raise StoreError(f"{', '.join(views)}: is a view itself; name the stores that it joins")
+    opened = [TileStore.open(store, verify="sizes") for store in stores]
+    combine(LocalFiles(out), [store.folders[0] for store in opened])
+    for one, other in permutations(opened, 2):
+        _check_ground(one, other)
+    return opened
+
+
+def _check_ground(one: TileStore, other: TileStore) -> None:
+    """No training tile of one store shares ground with a held-out tile of the other."""
+    rows, held = _placed(one, "train"), _placed(other, "val")
+    leaks = rows[overlapping(_ground(one, rows), _ground(other, held))]
+    if len(leaks):
+        first = f"tile {one.index.tile[leaks[0]]} of scene {one.index.scene[leaks[0]]}"
+        raise StoreError(
+            f"{len(leaks)} training tiles of {one.label} lie on ground that is held out in {other.label} (the first: {first}); "
+            "prepare their scenes into one store, or leave one of them out"
+        )
+
+
+def _placed(store: TileStore, split: Split) -> np.ndarray:
+    rows = store.rows(split)
+    return rows[~np.isin(store.index.frame[rows].astype(str), UNPLACED)]
+
+
+def _ground(store: TileStore, rows: np.ndarray) -> Ground:
+    """Where tiles lie; the frame stands for the place, so that all tiles of a frame are compared."""
+    frames = store.index.frame[rows].astype(str)
+    return Ground(frames, frames, store.index.affine[rows], store.index.extent[rows])
