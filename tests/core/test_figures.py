@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mae_core.evaluate import Panel
-from mae_core.figures import _channels, _plane, reconstruction, render, save_picture
+from mae_core.figures import _channels, plane, reconstruction, render, save_picture
 
 
 def panel(space: tuple[int, ...], channels: tuple[str, ...] = ("T1w", "T2w")) -> Panel:
@@ -52,14 +52,14 @@ def test_optical_channels_are_shown_in_true_colour_and_others_by_the_first_that_
 
 def test_a_plane_of_an_image_is_itself_with_channels_last() -> None:
     image = np.arange(24.0).reshape(2, 3, 4).astype(np.float32)
-    assert np.array_equal(_plane(image), np.moveaxis(image, 0, -1))
-    assert _plane(image[:, 0]).shape == (1, 4, 2)
+    assert np.array_equal(plane(image), np.moveaxis(image, 0, -1))
+    assert plane(image[:, 0]).shape == (1, 4, 2)
 
 
 def test_a_plane_of_a_volume_is_axial_with_anterior_up_and_right_to_the_right() -> None:
     """In RAS+ the first axis runs to the right, the second to the front, the third up."""
     x, y, z = np.meshgrid(np.arange(5), np.arange(6), np.arange(7), indexing="ij")
-    rows = [_plane(axis[None].astype(np.float32))[..., 0] for axis in (x, y, z)]
+    rows = [plane(axis[None].astype(np.float32))[..., 0] for axis in (x, y, z)]
     assert (rows[2] == 3).all(), "the middle plane"
     assert rows[0].shape == (6, 5)
     assert rows[0][0].tolist() == [0, 1, 2, 3, 4], "right is right"
