@@ -23,6 +23,8 @@ from pipelines.tiling_plan import PlannedTile, PreparationError, tile_grid
 
 TOO_LITTLE = "too little valid data"
 NO_LABEL = "no label"
+EXACT = 2**53
+"""Whole numbers up to this are float64 without rounding, so their sums are the same in whatever order they are added, and quick."""
 
 Planes = tuple[NDArray[np.generic], NDArray[np.uint8], NDArray[np.int64] | None]
 """Pixels, quality and, where the scene has them, class numbers of a window."""
@@ -168,12 +170,20 @@ def _refuse_changed(task: ShardTask, number: int) -> None:
 
 def measure(pixels: NDArray[np.generic], counted: NDArray[np.bool_], scale: float, offset: float) -> tuple[int, float, float, Any, Any]:
     """Count, mean, sum of squared distances from it, min and max of the physical value of one channel where `counted`."""
-    values = (pixels.reshape(-1) if counted.all() else pixels[counted]).astype(np.float64)
-    if not values.size:
+    chosen = pixels.reshape(-1) if counted.all() else pixels[counted]
+    if not chosen.size:
         return 0, 0.0, 0.0, None, None
-    mean = float(values.mean())
-    low, high = sorted((float(values.min()) * scale + offset, float(values.max()) * scale + offset))
-    return values.size, mean * scale + offset, float(np.square(values - mean).sum()) * scale**2, low, high
+    ends = chosen.min(), chosen.max()
+    values = chosen.astype(np.float64)
+    if chosen.dtype.kind in "iu" and chosen.size * max(abs(int(end)) for end in ends) ** 2 <= EXACT:
+        total = int(values.sum())
+        mean = total / chosen.size
+        m2 = (chosen.size * int(np.dot(values, values)) - total**2) / chosen.size
+    else:
+        mean = float(values.mean())
+        m2 = float(np.square(values - mean).sum())
+    low, high = sorted(float(end) * scale + offset for end in ends)
+    return chosen.size, mean * scale + offset, m2 * scale**2, low, high
 
 
 def write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: ShardWriter) -> dict[str, Any]:
@@ -203,11 +213,12 @@ def write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: Shar
         pixels[layout.channels.index(channel.name)][inside] = given[place]
     row["moments"] = _moments(pixels[(slice(None), *inside)], quality, planned, row)
     padding = [(0, side - size) for side, size in zip(layout.tile, planned.extent, strict=True)]
+    full = planned.extent == layout.tile  # to pad by nothing costs more than to pack the flags
     writer.add(
         planned.tile,
         pixels,
-        np.pad(quality, padding, constant_values=int(Quality.PADDING)),
-        None if labels is None else np.pad(labels, padding, constant_values=-1),
+        quality if full else np.pad(quality, padding, constant_values=int(Quality.PADDING)),
+        labels if full or labels is None else np.pad(labels, padding, constant_values=-1),
     )
     return row
 

@@ -92,6 +92,7 @@ def test_bands_that_coincide_are_cut_out_and_nothing_is_made_up_where_one_ends(s
                     assert (got[i, j], got_flags[i, j]) == (values[y, x], flags[y, x])
                 else:
                     assert got_flags[i, j] == Quality.OUTSIDE
+    assert not AxisMap(0.5, 0.0, 12).runs_beside(slice(0, 4))
 
 
 def test_the_sampler_equals_a_loop_over_pixels() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def test_what_is_read_is_the_window_of_the_scene(tmp_path: Path, tile: tuple[int
         matrix = store.index.affine[row].reshape(len(tile) + 1, -1)
         np.testing.assert_allclose((matrix @ [*[1] * len(tile), 1])[:-1], scene.grid.world(tuple(part.start + 1 for part in window)))
         assert (read.scale.tolist(), read.offset.tolist()) == ([0.5] * 2, [int(scene.name[1:])] * 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [("uint8", 0, 256), ("int16", -(2**15), 2**15), ("uint16", 0, 2**16), ("int32", 2**31 - 1000, 2**31)]
+)
+def test_whole_numbers_are_measured_exactly_in_whatever_order(dtype: str, low: int, high: int) -> None:
+    values = np.random.default_rng(0).integers(low, high, (64, 64)).astype(dtype)
+    counted = np.random.default_rng(1).random((64, 64)) < 0.7
+    for chosen in (counted, np.ones_like(counted), np.zeros_like(counted)):
+        count, mean, m2, least, most = pipelines.shard_task.measure(values, chosen, 1.0, 0.0)
+        numbers = [int(value) for value in values[chosen]]
+        assert count == len(numbers)
+        if numbers:
+            total = sum(numbers)
+            wanted = Fraction(sum(number * number for number in numbers)) - Fraction(total * total, count)
+            exact = dtype != "int32"  # whose squares float64 must round
+            right = (total / count, float(wanted))
+            assert (mean, m2) == (right if exact else pytest.approx(right))
+            assert (least, most) == (min(numbers), max(numbers))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
