@@ -19,6 +19,7 @@ lz4 on shuffled bits for integers of two bytes (it also packs tighter than plain
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ class ChunkCodec:
 
     def encode(self, values: NDArray[np.generic]) -> bytes:
         """The chunk of an array, which must be contiguous and little-endian: the packed bytes and their checksum."""
-        frame = bytes(self._library().encode(values))
+        frame = bytes(self._library.encode(values))
         return frame + crc32c(frame).to_bytes(CHECKSUM_BYTES, "little")
 
     def decode(self, chunk: memoryview, out: NDArray[np.generic]) -> None:
@@ -65,10 +66,11 @@ class ChunkCodec:
         if holds != out.nbytes:
             raise ValueError(f"holds {holds} bytes, wanted {out.nbytes}")
         try:
-            self._library().decode(frame, out)
+            self._library.decode(frame, out)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"cannot be unpacked: {error}") from error
 
+    @cached_property
     def _library(self) -> Any:
         from numcodecs import Blosc, Zstd, blosc  # type: ignore[import-untyped]
 

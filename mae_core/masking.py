@@ -119,8 +119,7 @@ def counter_bits(seed: int, *words: Tensor | int) -> Tensor:
     """63 random bits (int64, not negative) for each combination of the broadcast `words`."""
     state = torch.as_tensor(seed, dtype=torch.int64)
     for word in words:
-        step = word if isinstance(word, Tensor) else int(word)
-        state = _finalise((state.to(step.device) if isinstance(step, Tensor) else state) * _GOLDEN + step + 1)
+        state = _finalise(state * _GOLDEN + word + 1)  # the first state is a lone number, which any device takes without a copy
     return state & 0x7FFFFFFFFFFFFFFF
 
 
@@ -220,17 +219,17 @@ def hiding_order(settings: AnyHiding, grid: Sequence[int], seed: int, names: Seq
                 unit = unit * grid[index] + places[:, index]
             return counter_bits(seed, STREAM_UNIT, *names, unit)
         case BlockHiding():
-            sizes = torch.tensor(grid[1:], device=device)
+            sizes = torch.tensor(grid[1:]).to(device, non_blocking=True)
             draws = torch.arange(settings.num_blocks * len(sizes), device=device).reshape(settings.num_blocks, len(sizes))
             centre = counter_below(sizes, seed, STREAM_UNIT, *(name[..., None] for name in names), draws)
-            low, high = (torch.tensor(bound, device=device) for bound in _ASPECTS)
+            low, high = (torch.tensor(bound).to(device, non_blocking=True) for bound in _ASPECTS)
             stretch = low + counter_below(high - low, seed, STREAM_UNIT, *(name[..., None] for name in names), draws + draws.numel())
             away = (places[None, None, :, 1:] - centre[:, :, None]).abs() * stretch[:, :, None]
             near: Tensor = -away.amax(dim=3).amin(dim=1)
             return near
         case GridHiding():
             draws = torch.arange(len(grid) - 1, device=device)
-            shift = counter_below(torch.tensor(settings.period, device=device), seed, STREAM_UNIT, *names, draws)
+            shift = counter_below(torch.tensor(settings.period), seed, STREAM_UNIT, *names, draws)
             offset = (places[None, :, 1:] - shift[:, None]) % settings.period
             rank = torch.zeros_like(offset[..., 0])
             for index in range(len(grid) - 1):

@@ -101,7 +101,7 @@ class Positions(nn.Module):
         if settings.unit == "physical":
             if token_size is None:
                 raise ValueError("positions.unit=physical needs the distance between tokens of every sample; the data give none")
-            places = _places(grid).to(ids.device)[ids] * (token_size[:, None] / settings.reference)
+            places = _places(grid).to(ids.device, non_blocking=True)[ids] * (token_size[:, None] / settings.reference)
             return sincos_codes(places.float(), self.width, settings.axis_order)
         if settings.kind == "learned":
             codes = interpolated(self.table_token, settings.grid, grid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -108,14 +109,16 @@ class ShardedArray:
             return [error] * len(tiles)
         found: list[Packed] = [StoreError(f"{where} cannot be read")] * len(tiles)
         wanted: list[tuple[int, int, int]] = []
-        for number, tile in enumerate(tiles):
-            offset, length = (int(value) for value in index[tile - shard * self.tiles_per_shard])
+        places = np.asarray(tiles) - shard * self.tiles_per_shard
+        for number, (offset, length) in enumerate(index[places].tolist()):
             if offset == NO_CHUNK:
                 found[number] = StoreError(
-                    f"{where} holds no chunk for tile {tile}, which the index lists; restore the shard or prepare again"
+                    f"{where} holds no chunk for tile {tiles[number]}, which the index lists; restore the shard or prepare again"
                 )
             elif length > self._largest_chunk or offset > 2**62:
-                found[number] = StoreError(f"{where}: the chunk of tile {tile} lies outside the file or is larger than a tile can be")
+                found[number] = StoreError(
+                    f"{where}: the chunk of tile {tiles[number]} lies outside the file or is larger than a tile can be"
+                )
             else:
                 wanted.append((offset, length, number))
         for start, stop, part in _runs(sorted(wanted)):
@@ -128,8 +131,8 @@ class ShardedArray:
                 continue
             for offset, length, number in part:
                 chunk = data[offset - start : offset - start + length]
-                outside = StoreError(f"{where}: the chunk of tile {tiles[number]} lies outside the file")
-                found[number] = chunk if len(chunk) == length else outside
+                whole = len(chunk) == length
+                found[number] = chunk if whole else StoreError(f"{where}: the chunk of tile {tiles[number]} lies outside the file")
         return found
 
     def unpack(self, files: StoreFiles, tile: int, packed: Packed, out: NDArray[np.generic]) -> None:
@@ -145,7 +148,7 @@ class ShardedArray:
         except ValueError as error:
             raise StoreError(f"{files.label}: {self.label(tile // self.tiles_per_shard)}: the chunk of tile {tile} {error}") from error
 
-    @property
+    @cached_property
     def _largest_chunk(self) -> int:
         """More than any codec makes of a tile that cannot be packed."""
         size = prod(self.shape[1:]) * self.stored_dtype.itemsize
