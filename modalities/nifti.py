@@ -1,6 +1,6 @@
 """NIfTI volumes as scenes: one file is one sequence; RAS+, at a stated spacing, with air flagged.
 
-A file is read whole, because nobody can begin in the middle of a gzip stream; a process keeps the last two volumes.
+A file is read whole, because nobody can begin in the middle of a gzip stream; a process keeps the last volume.
 Names that leave this module are pseudonyms by an *unkeyed* hash: they keep file names out of stores and tracking, but whoever
 knows a file name can recognise it. A keyed hash comes with the rest of the privacy work.
 """
@@ -12,7 +12,6 @@ import hashlib
 import re
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -323,20 +322,20 @@ def _about(path: Path) -> Iterator[None]:
 
 
 class _Recent(Generic[T]):
-    """The results of the last two loads, for all threads of a process. One load at a time, so that memory stays bounded."""
+    """The result of the last load, for all threads of a process.
+
+    One load at a time, and what was kept goes first, so that memory is bounded by one volume and a worker's does not grow.
+    """
 
     def __init__(self) -> None:
-        self._items: OrderedDict[Hashable, T] = OrderedDict()
+        self._items: dict[Hashable, T] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, load: Callable[[], T]) -> T:
         with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-                return self._items[key]
-            while len(self._items) > 1:
-                self._items.popitem(last=False)
-            self._items[key] = load()
+            if key not in self._items:
+                self._items.clear()
+                self._items[key] = load()
             return self._items[key]
 
 

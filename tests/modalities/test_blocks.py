@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 from modalities.catalogue import scan
-from modalities.nifti import MriSettings
+from modalities.nifti import MriSettings, _Recent
 from modalities.sentinel2 import Sentinel2Settings
 from tests.synthetic_rasters import scene_of, write_world
 from tests.synthetic_volumes import head, save_volume
@@ -34,3 +35,18 @@ def test_a_volume_is_one_block_at_the_spacing_of_the_scene(tmp_path: Path) -> No
     save_volume(tmp_path / "a.nii.gz", head()[:12, :14, :16], np.diag([2.0, 2.0, 2.0, 1.0]))
     (scene,) = scan(tmp_path, MriSettings(spacing_mm=(1.0, 1.0, 1.0))).scenes
     assert scene.block == scene.grid.space == (23, 27, 31)
+
+
+def test_no_more_than_one_volume_is_kept_while_another_is_read() -> None:
+    """Else the second volume of a worker would need more memory than the first."""
+    recent: _Recent[np.ndarray] = _Recent()
+    first = weakref.ref(recent.get("a", lambda: np.zeros(3)))
+    assert first() is recent.get("a", lambda: np.ones(3))
+    gone: list[bool] = []
+
+    def load() -> np.ndarray:
+        gone.append(first() is None)
+        return np.ones(3)
+
+    recent.get("b", load)
+    assert gone == [True]
