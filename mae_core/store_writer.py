@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ class StoreLayout:
 class ShardWriter:
     """One shard of every array, tile by tile: holds one encoded tile in memory; the files appear when the block is left in peace.
 
-    A shard without a tile has no file. Files that an earlier try left in the place are removed first.
+    A shard without a tile has no file. What an earlier try left in the place stands until then. Two writers of one shard, such as a dask
+    worker that was given up too early and the one that took its task, do not disturb each other: both bring the same bytes.
     """
 
     def __init__(self, store: Path, layout: StoreLayout, shard: int) -> None:
@@ -99,8 +101,6 @@ class ShardWriter:
         """Bytes and sha256 of every file written, by its path below the store; filled when the block is left."""
 
     def __enter__(self) -> Self:
-        for array in self._arrays.values():
-            (self._store / array.key(self._shard)).unlink(missing_ok=True)
         return self
 
     def add(self, tile: int, pixels: NDArray[np.generic], quality: NDArray[np.uint8], labels: NDArray[np.int16] | None) -> None:
@@ -135,6 +135,8 @@ class ShardWriter:
                 Path(stream.name).unlink(missing_ok=True)
 
     def _finish(self) -> None:
+        for name in self._arrays.keys() - self._streams.keys():
+            (self._store / self._arrays[name].key(self._shard)).unlink(missing_ok=True)
         for name, stream in self._streams.items():
             index = self._index[name].tobytes()
             end = self._write(name, index + crc32c(index).to_bytes(4, "little"))
@@ -147,7 +149,7 @@ class ShardWriter:
         if name not in self._streams:
             file = self._store / self._arrays[name].key(self._shard)
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._streams[name] = file.with_name(file.name + TEMPORARY).open("wb")
+            self._streams[name] = _aside(file).open("wb")
         offset = self._streams[name].tell()
         self._streams[name].write(data)
         self._digests[name].update(data)
@@ -163,7 +165,7 @@ def write_file(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """A stream whose content becomes `path` when the block is left in peace, and nothing otherwise."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _aside(path)
     with temporary.open("wb") as stream:
         try:
             yield stream
@@ -171,6 +173,11 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
             raise
         _commit(stream, path)
+
+
+def _aside(path: Path) -> Path:
+    """A name beside a file that no other writer takes."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def encode_json(document: Mapping[str, Any]) -> bytes:

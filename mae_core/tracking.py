@@ -37,7 +37,9 @@ class TrackingSettings(Settings):
 
     uri: str | None = Field(None, description="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite beside the run)")
     experiment: str = Field("terravox", min_length=1, description="MLflow experiment")
-    images: bool = Field(True, description="Log pictures (reconstructions, the sheet of a store); turn off where a picture may not leave the archive")
+    images: bool = Field(
+        True, description="Log pictures (reconstructions, the sheet of a store); turn off where a picture may not leave the archive"
+    )
     system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
     register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")
 

@@ -94,6 +94,8 @@ def _locked(out: Path) -> Iterator[None]:
 def _complete(out: Path) -> None:
     try:
         complete(out)
+        for leftover in out.rglob(f"*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
         shutil.rmtree(out / "progress")
     except FileNotFoundError:  # another run was at its end and has done it
         return
@@ -106,7 +108,7 @@ def _complete(out: Path) -> None:
 def _sweep(out: Path, plan: PreparationPlan) -> None:
     """Removes half-written and waiting files, and shards that a run began by another plan than this one added to a finished store."""
     for leftover in (*out.rglob(f"*{TEMPORARY}"), *out.rglob(f"*{NEXT}")):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     begun = out / "progress" / "plan.json"
     if plan.earlier is None or not begun.is_file() or begun.read_bytes() == encode_json(plan.document):
         return

@@ -289,7 +289,7 @@ def _grid(grid: Grid) -> list[Any]:
 
 
 def _digest(document: Any) -> str:
-    return hashlib.sha256(encode_json({"": document})).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
 
 def _fingerprint(scene: Scene) -> str:

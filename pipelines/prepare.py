@@ -20,6 +20,7 @@ from pipelines.command_line import run
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
 from pipelines.preparation_extension import listed
 from pipelines.preparation_forecast import Forecast
+from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public
 
@@ -152,7 +153,7 @@ def work(settings: PrepareVerb) -> int:
 
 def check(settings: PrepareVerb) -> list[str]:
     """Problems that only the disk can tell."""
-    return [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
+    return [*([] if settings.data.exists() else [f"data = {settings.data}: does not exist"]), *missing(settings.prepare)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

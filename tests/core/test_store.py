@@ -415,6 +415,24 @@ def test_a_writer_replaces_what_an_earlier_try_left(tmp_path: Path) -> None:
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
+def test_two_writers_of_a_shard_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """A worker that lost its connection writes on while another was given its task; whoever is last brings the same bytes."""
+    key = LAYOUT.arrays["pixels"].key(0)
+    with ShardWriter(tmp_path, LAYOUT, 0) as late:
+        late.add(0, *arrays(0))
+        with ShardWriter(tmp_path, LAYOUT, 0) as early:
+            early.add(0, *arrays(0))
+        first = (tmp_path / key).read_bytes()
+        assert early.files[key]["sha256"] == sha256_of(tmp_path / key)
+    assert late.files == early.files
+    assert (tmp_path / key).read_bytes() == first
+    failing = ShardWriter(tmp_path, LAYOUT, 0).__enter__()
+    failing.add(0, *arrays(0))
+    failing.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert (tmp_path / key).read_bytes() == first, "one that fails takes nothing away"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_writer_refuses_tiles_that_do_not_fit(tmp_path: Path) -> None:
     pixels, quality, labels = arrays(0)
     with ShardWriter(tmp_path, LAYOUT, 0) as writer:
