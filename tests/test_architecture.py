@@ -49,7 +49,7 @@ HOMES = {
     "dask_jobqueue": ["pipelines/slurm_jobs.py"],
     "mlflow": ["mae_core/tracking.py", "mae_core/served_model.py"],
     "matplotlib": ["mae_core/figures.py", "mae_core/store_sheet.py"],
-    "zarr": ["mae_core/store_writer.py", "pipelines/benchmark_ceiling.py"],
+    "zarr": ["mae_core/store_writer.py", "pipelines/benchmark_ceiling.py", "pipelines/benchmark_readers.py"],
     "numcodecs": ["mae_core/chunks.py", "pipelines/benchmark_ceiling.py"],
     "fsspec": ["mae_core/store_files.py"],
     "pyarrow": ["mae_core/store_folder.py", "mae_core/store_writer.py"],

@@ -416,7 +416,6 @@ def test_a_writer_replaces_what_an_earlier_try_left(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_a_shard_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """A worker that lost its connection writes on while another was given its task; whoever is last brings the same bytes."""
     key = LAYOUT.arrays["pixels"].key(0)
     with ShardWriter(tmp_path, LAYOUT, 0) as late:
         late.add(0, *arrays(0))
