@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 VERBS = (
     ("prepare", "files to a tile store: what training reads"),
-    ("store", "what a tile store holds, whether it is whole, single tiles as files, one page of pictures"),
+    ("store", "what a tile store holds, whether it is whole; tiles as files, one page of pictures, several stores as one"),
     ("pretrain", "tile store to a pretrained encoder"),
     ("pretrain_sentinel", "folder of Sentinel-2 products to tiles, encoder and registry in one command"),
     ("pretrain_mri", "folder of MRI volumes to tiles, encoder and registry in one command"),
@@ -19,7 +19,7 @@ VERBS = (
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
-    ("benchmark", "a training step against the matrix product of the same machine"),
+    ("benchmark", "training step, preparation, loader and codecs against what the machine can do and against other libraries"),
 )
 """Every verb with what it does."""
 
