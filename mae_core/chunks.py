@@ -18,8 +18,9 @@ lz4 on shuffled bits for integers of two bytes (it also packs tighter than plain
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,8 @@ Compression = Literal["fast", "small"]
 
 BLOSC_LEVEL, ZSTD_LEVEL = 5, 3
 CHECKSUM_BYTES = 4
+SMALL_BYTES = 2048
+"""Chunks up to this size, packed, are looked up among those that were unpacked before."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class ChunkCodec:
         Raises:
             ValueError: The chunk is damaged, or holds another number of bytes than `out`; `out` may be spoilt then.
         """
+        if len(chunk) <= SMALL_BYTES:
+            out.reshape(-1).view(np.uint8)[:] = _small(self, bytes(chunk), out.nbytes)
+        else:
+            self._decode(chunk, out)
+
+    def _decode(self, chunk: memoryview, out: NDArray[np.generic]) -> None:
         frame = chunk[:-CHECKSUM_BYTES]
         if len(chunk) < CHECKSUM_BYTES or crc32c(frame) != int.from_bytes(chunk[-CHECKSUM_BYTES:], "little"):
             raise ValueError("fails its crc32c; restore the shard or prepare again")
@@ -66,19 +75,35 @@ class ChunkCodec:
         if holds != out.nbytes:
             raise ValueError(f"holds {holds} bytes, wanted {out.nbytes}")
         try:
-            self._library.decode(frame, out)
+            self._unpack(frame, out)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"cannot be unpacked: {error}") from error
 
     @cached_property
+    def _unpack(self) -> Callable[[memoryview, NDArray[np.generic]], Any]:
+        """Straight to the library for Blosc: the codec object looks at both arrays for longer than a small chunk takes."""
+        from numcodecs import blosc  # type: ignore[import-untyped]
+
+        decompress: Callable[[memoryview, NDArray[np.generic]], Any] = blosc.decompress
+        return decompress if self.name == "blosc" and self._library else self._library.decode
+
+    @cached_property
     def _library(self) -> Any:
-        from numcodecs import Blosc, Zstd, blosc  # type: ignore[import-untyped]
+        from numcodecs import Blosc, Zstd, blosc
 
         if self.name == "zstd":
             return Zstd(level=self.level)
         blosc.use_threads = False  # our threads unpack a tile each; Blosc's own would fight them, and hang after a fork
         shuffle = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}[self.shuffle]
         return Blosc(cname=self.compressor, clevel=self.level, shuffle=shuffle)
+
+
+@lru_cache(maxsize=64)
+def _small(codec: ChunkCodec, chunk: bytes, size: int) -> NDArray[np.uint8]:
+    """What a small chunk holds: flags that are the same all over a tile are the same few bytes in most tiles, and are unpacked once."""
+    out = np.empty(size, np.uint8)
+    codec._decode(memoryview(chunk), out)  # noqa: SLF001 - a part of it
+    return out
 
 
 def default_codec(dtype: str, compression: Compression = "fast") -> ChunkCodec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -28,7 +28,7 @@ from mae_core.memory import recycled
 from mae_core.parallel import Parallel
 from mae_core.settings import Settings
 from mae_core.shards import StoreError
-from mae_core.store import PackedTile, TileStore
+from mae_core.store import PackedTiles, TileStore
 
 
 class LoaderSettings(Settings):
@@ -40,7 +40,7 @@ class LoaderSettings(Settings):
     window_shards: int = Field(
         16, ge=1, description="Shards whose tiles are mixed with one another; they are read whole, one after another"
     )
-    num_threads: int = Field(2, ge=1, description="Threads that read shards, and as many that unpack tiles")
+    num_threads: int = Field(2, ge=1, description="Threads that read shards and unpack tiles")
     prefetch: int = Field(4, ge=1, description="Micro-batches that are read ahead")
     max_damaged_tiles: int = Field(
         0, ge=0, description="Tiles that may turn out damaged before the run stops; they are named, counted and fed as wholly invalid"
@@ -150,17 +150,17 @@ class Stream:
             for step in range(first, last)
             for number in range(self.micro_batches)
         )
-        threads = self.settings.num_threads
-        with ThreadPoolExecutor(threads, "reader") as readers, ThreadPoolExecutor(threads, "unpacker") as unpackers:
-            windows = _Windows(self, readers, first, last)
+        with ThreadPoolExecutor(self.settings.num_threads, "loader") as pool:
+            windows = _Windows(self, pool, first, last)
             ahead: deque[Future[Any]] = deque()
             try:
                 for _ in range(first, last):
                     waited, batches = 0.0, []
                     for _ in range(self.micro_batches):
                         while len(ahead) < self.settings.prefetch and (start := next(starts, None)) is not None:
-                            positions = np.arange(start, start + micro)
-                            ahead.append(unpackers.submit(self._batch, positions, windows.holding(positions)))
+                            rows, sample = self.samples(np.arange(start, start + micro))
+                            parts = windows.holding(start, start + micro - 1, rows)
+                            ahead.append(pool.submit(self._batch, rows, sample, parts))
                         began = perf_counter()
                         batches.append(ahead.popleft().result())
                         waited += perf_counter() - began
@@ -175,15 +175,14 @@ class Stream:
         Raises:
             StoreError: As `steps`.
         """
-        done: Future[dict[int, PackedTile]] = Future()
-        done.set_result(self.store.fetch(self.samples(positions)[0]))
-        return self._batch(positions, [done])
-
-    def _batch(self, positions: NDArray[np.int64], parts: list[Future[dict[int, PackedTile]]]) -> RawBatch:
         rows, sample = self.samples(positions)
-        packed: dict[int, PackedTile] = {}
+        return unpack_rows(self.store, rows, sample, self.store.fetch(rows), self)
+
+    def _batch(self, rows: NDArray[np.int64], sample: Sample, parts: list[Future[PackedTiles]]) -> RawBatch:
+        packed: PackedTiles = {name: {} for name in self.store.arrays}
         for part in parts:
-            packed.update(part.result())
+            for name, chunks in part.result().items():
+                packed[name].update(chunks)
         return unpack_rows(self.store, rows, sample, packed, self)
 
     def damage(self) -> dict[str, float]:
@@ -206,32 +205,36 @@ class Stream:
 
 
 class _Windows:
-    """Packed tiles of the windows that are at work, each shard read once by a thread, the next window ahead."""
+    """Packed tiles of the windows that are at work, each shard read once; those of the next window are read little by little."""
 
-    def __init__(self, stream: Stream, readers: ThreadPoolExecutor, first: int, last: int) -> None:
-        self._stream, self._readers = stream, readers
+    def __init__(self, stream: Stream, pool: ThreadPoolExecutor, first: int, last: int) -> None:
+        self._stream, self._pool = stream, pool
         size = stream.settings.global_batch_size
         self._range = first * size, last * size
-        self._parts: dict[tuple[int, int], dict[int, Future[dict[int, PackedTile]]]] = {}
+        self._begun: dict[tuple[int, int], dict[int, Future[PackedTiles]]] = {}
+        self._waiting: dict[tuple[int, int], deque[NDArray[np.int64]]] = {}
 
-    def holding(self, positions: NDArray[np.int64]) -> list[Future[dict[int, PackedTile]]]:
-        """The shards, being read, that hold the tiles of a batch; older windows are let go and the next one is begun."""
-        low, high = (self._window(int(position)) for position in (positions[0], positions[-1]))
-        for old in [key for key in self._parts if key < low]:
-            del self._parts[old]
+    def holding(self, first: int, last: int, rows: NDArray[np.int64]) -> list[Future[PackedTiles]]:
+        """The shards, being read, that hold the rows of a batch from one position to another; older windows are let go.
+
+        What a batch waits for is begun before it, by the same threads, so they never wait for each other in a circle.
+        """
+        low, high = self._window(first), self._window(last)
+        for old in [key for key in self._begun if key < low]:
+            del self._begun[old], self._waiting[old]
         wanted, key = [], low
         while key <= high:
+            self._begin(key, 1.0)
             wanted.append(key)
             key = self._after(key)
-        for window in (*wanted, key):
-            self._begin(window)
-        rows = self._stream.samples(positions)[0]
+        start, stop = self._positions(high)
+        self._begin(key, (last + 1 - start) / (stop - start))
         shards = set(self._stream.store.shards[rows].tolist())
-        return [part for window in wanted for shard, part in self._parts[window].items() if shard in shards]
+        return [part for window in wanted for shard, part in self._begun[window].items() if shard in shards]
 
     def pending(self) -> Iterator[Future[Any]]:
-        """What has not been read yet."""
-        for parts in self._parts.values():
+        """What may not have been read yet."""
+        for parts in self._begun.values():
             yield from parts.values()
 
     def _window(self, position: int) -> tuple[int, int]:
@@ -244,23 +247,31 @@ class _Windows:
         number, window = key
         return (number, window + 1) if window + 1 < len(self._stream.epoch(number).window_ends) else (number + 1, 0)
 
-    def _begin(self, key: tuple[int, int]) -> None:
-        """Have the shards of a window read, as far as this process needs them."""
-        if key in self._parts:
-            return
-        stream, (number, window) = self._stream, key
-        crops, size = stream.settings.crops_per_tile, stream.settings.global_batch_size
-        ends = stream.epoch(number).window_ends
-        base = number * len(stream.rows) * crops
-        start = base + int(ends[window - 1] if window else 0) * crops
-        positions = np.arange(max(start, self._range[0]), min(base + int(ends[window]) * crops, self._range[1]))
-        positions = positions[positions % size // stream.share == stream.parallel.rank]
-        self._parts[key] = {}
-        if len(positions):
-            rows = np.unique(stream.samples(positions)[0])
-            shards = stream.store.shards[rows]
-            for part in np.split(rows, np.flatnonzero(np.diff(shards)) + 1):
-                self._parts[key][int(stream.store.shards[part[0]])] = self._readers.submit(stream.store.fetch, part)
+    def _positions(self, key: tuple[int, int]) -> tuple[int, int]:
+        """First position of a window and the one behind its last."""
+        number, window = key
+        crops, ends = self._stream.settings.crops_per_tile, self._stream.epoch(number).window_ends
+        base = number * len(self._stream.rows)
+        return (base + (int(ends[window - 1]) if window else 0)) * crops, (base + int(ends[window])) * crops
+
+    def _begin(self, key: tuple[int, int], fraction: float) -> None:
+        """Have a share of the shards of a window read, of those that this process needs."""
+        if key not in self._begun:
+            self._begun[key], self._waiting[key] = {}, deque(self._shards(key))
+        begun, waiting = self._begun[key], self._waiting[key]
+        for _ in range(math.ceil((len(begun) + len(waiting)) * fraction) - len(begun)):
+            part = waiting.popleft()
+            begun[int(self._stream.store.shards[part[0]])] = self._pool.submit(self._stream.store.fetch, part)
+
+    def _shards(self, key: tuple[int, int]) -> list[NDArray[np.int64]]:
+        """The rows of a window that this process needs, shard by shard."""
+        stream, (start, stop) = self._stream, self._positions(key)
+        positions = np.arange(max(start, self._range[0]), min(stop, self._range[1]))
+        positions = positions[positions % stream.settings.global_batch_size // stream.share == stream.parallel.rank]
+        if not len(positions):
+            return []
+        rows = np.unique(stream.samples(positions)[0])
+        return np.split(rows, np.flatnonzero(np.diff(stream.store.shards[rows])) + 1)
 
 
 def read_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample) -> RawBatch:
@@ -272,9 +283,7 @@ def read_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample) -> RawB
     return unpack_rows(store, rows, sample, store.fetch(rows), None)
 
 
-def unpack_rows(
-    store: TileStore, rows: NDArray[np.int64], sample: Sample, packed: Mapping[int, PackedTile], stream: Stream | None
-) -> RawBatch:
+def unpack_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample, packed: PackedTiles, stream: Stream | None) -> RawBatch:
     """The raw batch of some rows whose packed tiles are at hand; a tile that several samples share is unpacked once.
 
     A damaged tile is an error, or, where the stream tolerates it, a tile of which nothing counts.
@@ -284,18 +293,14 @@ def unpack_rows(
     unique = unique if shared else rows
     tensors = _room(store, len(unique), pinned=stream is not None and stream.parallel.device.type == "cuda")
     out = {name: tensor.numpy() for name, tensor in tensors.items()}
-    for number, row in enumerate(unique.tolist()):
-        own = {name: values[number] for name, values in out.items()}
-        try:
-            store.unpack(row, packed[row], own)
-        except StoreError as error:
-            if stream is None:
-                raise
-            stream.tolerate(int(store.index.tile[row]), error)
-            own["pixels"][:] = 0
-            own["quality"][:] = store.no_value
-            if "labels" in own:
-                own["labels"][:] = -1
+    for number, error in store.unpack(unique.tolist(), packed, out).items():
+        if stream is None:
+            raise error
+        stream.tolerate(int(store.index.tile[unique[number]]), error)
+        out["pixels"][number] = 0
+        out["quality"][number] = store.no_value
+        if "labels" in out:
+            out["labels"][number] = -1
     index = store.index
     present = index.present[rows]
     whole = bool((index.extent[rows] == store.space).all())

@@ -6,7 +6,7 @@ spawned processes alike. Any zarr v3 reader gives the same arrays, but answers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,11 @@ from mae_core.store_files import files_at
 from mae_core.store_folder import FORMAT, Statistics, StoreFolder, TileIndex, Verify, open_folder, sha256_of, store_digest
 from mae_core.store_view import Combined, combine, view_members
 
-__all__ = ["FORMAT", "PackedTile", "Split", "Statistics", "StoreError", "Tile", "TileIndex", "TileStore", "sha256_of", "store_digest"]
+__all__ = ["FORMAT", "PackedTiles", "Split", "Statistics", "StoreError", "Tile", "TileIndex", "TileStore", "sha256_of", "store_digest"]
 
 Split = Literal["train", "val"]
-PackedTile = Mapping[str, Packed]
-"""Chunks of a tile by the name of their array, as they lie in the files."""
+PackedTiles = dict[str, dict[int, Packed]]
+"""Chunks as they lie in the files, by the name of their array and the row of their tile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class TileStore:
         """Row numbers of one side of the split, rising."""
         return np.flatnonzero(self.index.split == split).astype(np.int64)
 
-    def fetch(self, rows: Iterable[int]) -> dict[int, PackedTile]:
+    def fetch(self, rows: Iterable[int]) -> PackedTiles:
         """The packed tiles of some rows of the index; each shard is read front to back, in as few parts as gaps allow.
 
         What cannot be read is told by `unpack`, tile by tile.
@@ -178,34 +178,39 @@ class TileStore:
         chosen = np.unique(np.fromiter(rows, np.int64))
         if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < len(self):
             raise IndexError(f"row {chosen[-1]} of a store of {len(self)} tiles")
-        found: dict[int, PackedTile] = {}
+        found: PackedTiles = {name: {} for name in self.arrays}
         for part in np.split(chosen, np.flatnonzero(np.diff(self.shards[chosen])) + 1):
             if len(part):
                 place = self._place(int(part[0]))
                 folder = self.folders[place]
                 tiles = (self.index.tile[part] - self.whole.first_tile[place]).tolist()
-                columns = {name: array.fetch(folder.files, tiles) for name, array in folder.arrays.items()}
-                for number, row in enumerate(part.tolist()):
-                    found[row] = {name: column[number] for name, column in columns.items()}
+                for name, array in folder.arrays.items():
+                    found[name].update(zip(part.tolist(), array.fetch(folder.files, tiles), strict=True))
         return found
 
-    def unpack(self, row: int, packed: PackedTile, out: Mapping[str, NDArray[np.generic]]) -> None:
-        """Unpack the tile of a row into arrays by name, contiguous, of the shapes and element types of `Tile`.
+    def unpack(self, rows: Sequence[int], packed: PackedTiles, out: Mapping[str, NDArray[np.generic]]) -> dict[int, StoreError]:
+        """Unpack the tiles of some rows into arrays `(tile, *shape)` by name, as `empty` gives them.
 
-        Raises:
-            StoreError: A chunk is missing or damaged; never answered with a fill value. `out` may be spoilt then.
+        Returns:
+            What is missing or damaged, by position in `rows`; never answered with a fill value, the memory holds anything there.
         """
-        place = self._place(row)
-        folder, places = self.folders[place], self.whole.places[place]
-        tile = int(self.index.tile[row]) - self.whole.first_tile[place]
-        for name, array in folder.arrays.items():
-            if places is None or name != "pixels":
-                array.unpack(folder.files, tile, packed[name], out[name])
-            else:  # a view whose stores differ in their channels
-                own = np.empty(array.shape[1:], array.stored_dtype)
-                array.unpack(folder.files, tile, packed[name], own)
-                out[name][:] = 0
-                out[name][places] = own
+        failed: dict[int, StoreError] = {}
+        tiles = self.index.tile[np.asarray(rows)].tolist()
+        for name, target in out.items():
+            chunks = packed[name]
+            for number, row in enumerate(rows):
+                place = self._place(row)
+                folder, places = self.folders[place], self.whole.places[place] if name == "pixels" else None
+                array = folder.arrays[name]
+                own = target[number] if places is None else np.empty(array.shape[1:], array.stored_dtype)
+                try:
+                    array.unpack(folder.files, tiles[number] - self.whole.first_tile[place], chunks[row], own)
+                except StoreError as error:
+                    failed.setdefault(number, error)
+                if places is not None:  # a view whose stores differ in their channels
+                    target[number] = 0
+                    target[number][places] = own
+        return failed
 
     def read(self, row: int) -> Tile:
         """The tile of a row of the index.
@@ -214,7 +219,8 @@ class TileStore:
             StoreError: A chunk is missing or damaged; never answered with a fill value.
         """
         out = self.empty(1)
-        self.unpack(row, self.fetch([row])[row], {name: values[0] for name, values in out.items()})
+        for error in self.unpack([row], self.fetch([row]), out).values():
+            raise error
         return Tile(
             int(self.index.tile[row]),
             out["pixels"][0],
@@ -240,4 +246,4 @@ class TileStore:
         """Which of the folders a row's tile lies in."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)} tiles")
-        return next(number for number, rows in enumerate(self.whole.row_slices) if row < rows.stop)
+        return 0 if len(self.folders) == 1 else next(number for number, rows in enumerate(self.whole.row_slices) if row < rows.stop)

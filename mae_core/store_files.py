@@ -54,7 +54,7 @@ class LocalFiles:
 
     def view(self, name: str, start: int = 0, length: int | None = None) -> memoryview:
         """The same bytes in memory that is used again when nobody looks at them any more."""
-        handle = os.open(self.folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        handle = os.open(f"{self._real}/{name}", os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             size = os.fstat(handle).st_size
             start = max(0, size + start) if start < 0 else min(start, size)

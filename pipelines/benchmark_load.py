@@ -71,7 +71,7 @@ class LoadSettings(Settings):
     bands: int = Field(10, ge=1, description="Its bands")
     threads: tuple[int, ...] = Field((1, 2), min_length=1, description="Numbers of the loader's threads")
     crops_per_tile: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="Crops drawn from a tile; the first is compared")
-    batch_size: int = Field(32, ge=1, description="Samples of a batch")
+    batch_size: int = Field(64, ge=1, description="Samples of a batch")
     rounds: int = Field(5, ge=1, description="Turns; in each, everything is done once")
     num_naive_crops: int = Field(200, ge=1, description="Crops that are read one by one in a turn")
     memory_epochs: int = Field(20, ge=3, description="Epochs over which memory is watched")
@@ -90,7 +90,7 @@ class Bench:
         self.parallel = Parallel(0, 1, torch.device("cpu"))
         self.tile_bytes = sum(values.nbytes for values in store.empty(1).values())
         self.packed = store.fetch(self.rows)
-        self.packed_bytes = sum(len(chunk) for tile in self.packed.values() for chunk in tile.values() if isinstance(chunk, memoryview))
+        self.packed_bytes = sum(len(chunk) for chunks in self.packed.values() for chunk in chunks.values() if isinstance(chunk, memoryview))
         if len(self.rows) < 2 * settings.batch_size:
             raise RunError(f"the store has {len(self.rows)} training tiles, too few for batches of {settings.batch_size}")
 

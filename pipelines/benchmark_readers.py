@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.store import PackedTile, TileStore
+from mae_core.store import PackedTiles, TileStore
 
 Box = tuple[slice, ...]
 
@@ -75,16 +75,15 @@ def shard_files(store: TileStore, rows: NDArray[np.int64]) -> list[str]:
     return [f"{store.label}/{array.key(int(shard))}" for shard in np.unique(store.shards[rows]).tolist() for array in store.arrays.values()]
 
 
-def unpack_all(
-    store: TileStore, rows: NDArray[np.int64], packed: Mapping[int, PackedTile], rooms: Sequence[dict[str, NDArray[Any]]]
-) -> None:
+def unpack_all(store: TileStore, rows: NDArray[np.int64], packed: PackedTiles, rooms: Sequence[dict[str, NDArray[Any]]]) -> None:
     """Unpack packed tiles that are in memory, a thread a room, into memory that holds a batch: what no loader can outrun."""
 
     def share(number: int) -> None:
-        room = rooms[number]
+        room, own = rooms[number], rows[number :: len(rooms)].tolist()
         size = len(next(iter(room.values())))
-        for place, row in enumerate(rows[number :: len(rooms)].tolist()):
-            store.unpack(row, packed[row], {name: values[place % size] for name, values in room.items()})
+        for start in range(0, len(own), size):
+            for error in store.unpack(own[start : start + size], packed, room).values():
+                raise error
 
     if len(rooms) == 1:
         share(0)

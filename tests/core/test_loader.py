@@ -199,7 +199,7 @@ def test_left_early_nothing_more_is_read(store: TileStore) -> None:
     batches = stream(store, window_shards=1, prefetch=2).steps(0, 1000)
     next(batches)
     batches.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("reader", "unpacker"))]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_damage_that_is_tolerated_is_named_counted_and_fed_as_invalid(store: TileStore, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_codecs_are_measured_on_the_tiles_of_a_store(store: TileStore, tmp_path:
 
 def test_too_few_tiles_and_a_damaged_store_are_told(store: TileStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["load", f"store={store.path}"]) == 1
-    assert "too few for batches of 32" in " ".join(capsys.readouterr().err.split())
+    assert "too few for batches of 64" in " ".join(capsys.readouterr().err.split())
     shutil.copytree(store.path, tmp_path / "store")
     assert LocalFiles(tmp_path / "store").size("index.parquet")
     (tmp_path / "store" / "index.parquet").unlink()
