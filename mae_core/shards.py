@@ -3,6 +3,10 @@
 This is the `sharding_indexed` codec of zarr v3 with the inner codecs of `mae_core.chunks`; zarr-python reads and writes the same
 bytes. It is done here directly because zarr-python answers a missing chunk with the fill value, keeps a whole shard in memory
 to write it, decodes on one event-loop thread and hangs in a forked process. Nothing here holds an open file or a thread.
+
+Other readers of the same stores, whole shards, two cores, over unpacking the chunks and nothing else (`python pipelines/benchmark.py
+load`; ten-band images of 128² / volumes of 64³): zarr-python 3.1 0.10 / 0.12, the same with zarrs 0.2 0.54 / 0.76, tensorstore 0.1.86
+0.60 / 0.43, this with `mae_core.loader` 0.70 / 0.92. The fast ones too answer a missing chunk with the fill value.
 """
 
 from __future__ import annotations
