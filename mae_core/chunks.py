@@ -1,7 +1,7 @@
 """What a chunk is packed with: Blosc or zstd, then a crc32c, as zarr v3 writes the same chain.
 
 Measured on one core (AMD EPYC, two shared) with real tiles, `python pipelines/benchmark.py codec store=STORE`: times packed / MB/s
-packing / MB/s unpacking, of ten Sentinel-2 bands, an MR template, and MR crops that are mostly whole numbers in float32 with padding around them.
+packing / MB/s unpacking, of ten Sentinel-2 bands, an MR template, and MR crops: mostly whole numbers in float32, padding around them.
 
 | codec | Sentinel-2, 128², uint16 | MR, 64³, uint8 | MR, 64³, float32 |
 |---|---|---|---|
