@@ -32,7 +32,7 @@ Compression = Literal["fast", "small"]
 
 BLOSC_LEVEL, ZSTD_LEVEL = 5, 3
 CHECKSUM_BYTES = 4
-SMALL_BYTES = 2048
+SMALL_BYTES = 512
 """Chunks up to this size, packed, are looked up among those that were unpacked before."""
 
 
