@@ -3,7 +3,7 @@
 Shards are read whole and in turn, and tiles are mixed with those of `window_shards` shards at a time: a *window*. A window's shards are
 drawn anew each epoch. Packed tiles of a window and of the next one are in memory, unpacked ones of `prefetch` batches: no more, however
 large the store. Reading and unpacking happen in threads, which the codecs let run beside one another. Spawned processes that hand nothing
-over load 1.1 times as fast on two cores (`python pipelines/benchmark.py load`), and would have to hand everything over; so threads it is.
+over load 0.8 to 1.1 times as fast on two cores (`python pipelines/benchmark.py load`), and would have to hand everything over.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ to write it, decodes on one event-loop thread and hangs in a forked process. Not
 
 Other readers of the same stores, whole shards, two cores, over unpacking the chunks and nothing else (`python pipelines/benchmark.py
 load`; ten-band images of 128² / volumes of 64³): zarr-python 3.1 0.10 / 0.12, the same with zarrs 0.2 0.54 / 0.76, tensorstore 0.1.86
-0.60 / 0.43, this with `mae_core.loader` 0.70 / 0.92. The fast ones too answer a missing chunk with the fill value.
+0.60 / 0.43, this with `mae_core.loader` 0.70 / 0.83. The fast ones too answer a missing chunk with the fill value.
 """
 
 from __future__ import annotations
