@@ -171,7 +171,7 @@ def _read_manifest(files: StoreFiles) -> dict[str, Any]:
     if isinstance(files, LocalFiles) and not files.folder.is_dir():
         raise StoreError(f"{where} is not a folder; a tile store is the folder that prepare wrote")
     if files.size("progress/commit.json") is not None:
-        raise StoreError(f"{where}: an extension was cut off in its last moment; run the same prepare again, it finishes at once")
+        raise StoreError(f"{where}: prepare was cut off in its last moment; run the same prepare again, it finishes at once")
     if files.size("manifest.json") is None:
         unfinished = files.size("progress/plan.json") is not None or (
             isinstance(files, LocalFiles) and (files.folder / "progress").is_dir()
