@@ -170,15 +170,6 @@ class Stream:
                 for future in (*ahead, *windows.pending()):
                     future.cancel()
 
-    def read(self, positions: NDArray[np.int64]) -> RawBatch:
-        """The raw batch of samples at positions of the stream, read now.
-
-        Raises:
-            StoreError: As `steps`.
-        """
-        rows, sample = self.samples(positions)
-        return unpack_rows(self.store, rows, sample, self.store.fetch(rows), self)
-
     def _batch(self, rows: NDArray[np.int64], sample: Sample, parts: list[Future[PackedTiles]]) -> RawBatch:
         packed: PackedTiles = {name: {} for name in self.store.arrays}
         for part in parts:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from mae_core.shards import Packed, ShardedArray, StoreError
 from mae_core.store_files import files_at
-from mae_core.store_folder import FORMAT, Statistics, StoreFolder, TileIndex, Verify, open_folder, sha256_of, store_digest
+from mae_core.store_folder import Statistics, StoreFolder, TileIndex, Verify, open_folder
 from mae_core.store_view import Combined, combine, view_members
 
-__all__ = ["FORMAT", "PackedTiles", "Split", "Statistics", "StoreError", "Tile", "TileIndex", "TileStore", "sha256_of", "store_digest"]
+__all__ = ["PackedTiles", "Split", "Statistics", "StoreError", "Tile", "TileIndex", "TileStore"]
 
 Split = Literal["train", "val"]
 PackedTiles = dict[str, dict[int, Packed]]
@@ -236,11 +236,6 @@ class TileStore:
         """Room for some tiles, `(tile, *shape)` by name of the array."""
         shapes = {name: array.shape[1:] for name, array in self.arrays.items()} | {"pixels": (len(self.channels), *self.space)}
         return {name: np.empty((num_tiles, *shape), self.arrays[name].stored_dtype) for name, shape in shapes.items()}
-
-    def verify(self) -> list[str]:
-        """Everything that is wrong with the files, by size, sha256 and presence of each tile's chunk; empty if all is well."""
-        many = len(self.folders) > 1
-        return [f"{folder.files.label}: {problem}" if many else problem for folder in self.folders for problem in folder.problems()]
 
     def _place(self, row: int) -> int:
         """Which of the folders a row's tile lies in."""

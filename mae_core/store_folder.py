@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
-from mae_core.shards import NO_CHUNK, ShardedArray, StoreError, array_from_metadata
+from mae_core.shards import ShardedArray, StoreError, array_from_metadata
 from mae_core.store_files import LocalFiles, StoreFiles, digest_of
 
 FORMAT = "terravox-tiles"
@@ -96,23 +96,6 @@ class StoreFolder:
     def channels(self) -> tuple[str, ...]:
         """Channel names, in the order of the channel axis."""
         return tuple(channel["name"] for channel in self.attributes["channels"])
-
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the files, by size, sha256 and presence of each tile's chunk; empty if all is well."""
-        listed = self.manifest["files"]
-        problems = _problems(self.files, listed, list(listed), self.arrays, hashed=True)
-        for array in self.arrays.values():
-            shards = self.index.tile // array.tiles_per_shard
-            for shard in np.unique(shards):
-                try:
-                    chunks = array.read_index(self.files, int(shard))
-                except StoreError as error:
-                    problems.append(str(error))
-                    continue
-                tiles = self.index.tile[shards == shard]
-                missing = tiles[chunks[tiles % array.tiles_per_shard, 0] == NO_CHUNK]
-                problems += [f"{array.label(int(shard))} holds no chunk for tile {tile}" for tile in missing]
-        return problems
 
 
 def open_folder(files: StoreFiles, verify: Verify) -> StoreFolder:

@@ -30,7 +30,6 @@ from modalities.raster import RasterSettings
 from pipelines.benchmark_ceiling import write_image
 from pipelines.benchmark_machine import description
 from pipelines.benchmark_readers import (
-    codec_words,
     drawn_crops,
     forget_files,
     installed,
@@ -42,13 +41,14 @@ from pipelines.benchmark_readers import (
     zarr_shards,
     zarrs_pipeline,
 )
-from pipelines.benchmark_report import busy_note
+from pipelines.benchmark_report import busy_note, middle
 from pipelines.command_line import run
 from pipelines.preparation import PrepareSettings, prepare
 from pipelines.prepare import store_attributes
 from pipelines.pretrain import PretrainRecipe, make_normaliser, resolved
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, write_json
+from pipelines.store_facts import codec_words
 
 DESCRIPTION = (
     "load: a store through our loader, against reading its files, unpacking its chunks and reading it with other libraries, in one run; "
@@ -127,13 +127,13 @@ class Bench:
     def ceiling(self, threads: int) -> float:
         """Tiles a second that are unpacked from memory into memory of a batch."""
         rooms = [self.store.empty(self.settings.batch_size) for _ in range(threads)]
-        return len(self.rows) / least_time(partial(unpack_all, self.store, self.rows, self.packed, rooms))
+        return len(self.rows) / usual_time(partial(unpack_all, self.store, self.rows, self.packed, rooms))
 
     def naive(self, threads: int) -> float:
         """Crops a second through zarr-python, each by itself."""
         crop = resolved(self.settings.recipe, self.store).crop
         crops = drawn_crops(self.store, crop, self.settings.num_naive_crops, 0)
-        return len(crops.boxes) / least_time(partial(zarr_crops, crops, threads))
+        return len(crops.boxes) / usual_time(partial(zarr_crops, crops, threads))
 
     def others(self, threads: int) -> dict[str, Callable[[], float]]:
         """Tiles a second by other ways of reading whole shards; those whose library is not installed are left out."""
@@ -141,15 +141,15 @@ class Bench:
 
         def through_zarrs() -> float:
             with zarrs_pipeline():
-                return num_tiles / least_time(partial(zarr_shards, self.store, threads))
+                return num_tiles / usual_time(partial(zarr_shards, self.store, threads))
 
         ways: dict[str, Callable[[], float]] = {
-            "zarr, shard by shard": lambda: num_tiles / least_time(partial(zarr_shards, self.store, threads))
+            "zarr, shard by shard": lambda: num_tiles / usual_time(partial(zarr_shards, self.store, threads))
         }
         if installed("zarrs"):
             ways["zarrs, shard by shard"] = through_zarrs
         if installed("tensorstore"):
-            ways["tensorstore, shard by shard"] = lambda: num_tiles / least_time(partial(tensorstore_shards, self.store, threads))
+            ways["tensorstore, shard by shard"] = lambda: num_tiles / usual_time(partial(tensorstore_shards, self.store, threads))
         return ways
 
     def race(self) -> dict[str, list[float]]:
@@ -171,7 +171,7 @@ class Bench:
     def raw(self) -> dict[str, float]:
         """Bytes a second of the files: from the page cache and, where the system can be asked to forget them, from the disk."""
         total = read_files(self.store, self.rows)
-        found = {"page cache": total / least_time(lambda: read_files(self.store, self.rows))}
+        found = {"page cache": total / usual_time(lambda: read_files(self.store, self.rows))}
         if forget_files(self.store, self.rows):
             began = perf_counter()
             read_files(self.store, self.rows)
@@ -239,7 +239,7 @@ class Bench:
         }
 
 
-def least_time(work: Callable[[], Any]) -> float:
+def usual_time(work: Callable[[], Any]) -> float:
     """Seconds of some work, done as often as makes the clock and the start of threads not count."""
     times: list[float] = []
     began = perf_counter()
@@ -273,7 +273,7 @@ def _ours(threads: int, crops: int) -> str:
 def over(rates: Mapping[str, Sequence[float]], ours: str, other: str) -> dict[str, float]:
     """How many times as fast one way is as another: the middle of the rounds, the least and the most."""
     each = [one / two for one, two in zip(rates[ours], rates[other], strict=True)]
-    return {"median": median(each), "least": min(each), "most": max(each)}
+    return middle(each)
 
 
 def make_store(settings: LoadSettings, folder: Path) -> TileStore:
@@ -307,7 +307,7 @@ def work(settings: LoadSettings) -> int:
                 "training_tiles": len(bench.rows),
                 "tile_bytes": bench.tile_bytes,
                 "packed_share": bench.packed_bytes / (bench.tile_bytes * len(bench.rows)),
-                "codec": codec_words(store),
+                "codec": codec_words(store.arrays["pixels"].codec),
                 "dtype": str(store.dtype),
                 "space": list(store.space),
                 "channels": len(store.channels),

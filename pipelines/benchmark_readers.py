@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,9 +173,3 @@ def read_bytes() -> int | None:
             return int(dict(line.split(": ") for line in stream.read().splitlines())["rchar"])
     except (OSError, KeyError, ValueError):
         return None
-
-
-def codec_words(store: TileStore) -> str:
-    """What the pixels are packed with."""
-    codec = store.arrays["pixels"].codec
-    return json.dumps({"name": codec.name, "compressor": codec.compressor, "level": codec.level, "shuffle": codec.shuffle})

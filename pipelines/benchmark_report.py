@@ -38,9 +38,14 @@ def ratios(seconds: Mapping[str, Sequence[float]], ours: Sequence[str]) -> dict[
         for other, times in seconds.items():
             if other != name:
                 each = [theirs / own for theirs, own in zip(times, seconds[name], strict=True)]
-                others[other] = {"median": median(each), "least": min(each), "most": max(each)}
+                others[other] = middle(each)
         found[name] = others
     return found
+
+
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """The middle of some rounds, the least and the most."""
+    return {"median": median(values), "least": min(values), "most": max(values)}
 
 
 def floor_of(measured: float, compute: float, traffic_bytes: float, num_weights: int, copy_rate: float) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mae_core.store import FORMAT, StoreError, TileStore
+from mae_core.store import StoreError, TileStore
+from mae_core.store_folder import FORMAT
 from mae_core.store_writer import COMMIT, NEXT, TEMPORARY, complete, encode_json, write_file
 from pipelines.preparation_extension import Earlier
 from pipelines.preparation_plan import PreparationPlan, refuse_other

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.store import sha256_of
+from mae_core.store_folder import sha256_of
 from mae_core.store_writer import ShardWriter, StoreLayout, write_file
 from modalities.grid import Window
 from modalities.quality import NO_VALUE, Quality

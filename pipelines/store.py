@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field
 
 from mae_core.settings import Settings
 from mae_core.shards import StoreError
-from mae_core.store_files import URL
 from modalities.scene import SceneError
 from pipelines.command_line import run
 from pipelines.progress import console, counting
@@ -81,7 +80,7 @@ def info(settings: InfoSettings) -> int:
     from mae_core.store import TileStore
     from pipelines.store_facts import facts, tell
 
-    found = facts(TileStore.open(address(settings.store), verify="sizes"))
+    found = facts(TileStore.open(settings.store, verify="sizes"))
     if settings.format == "json":
         print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -94,9 +93,7 @@ def verify(settings: VerifySettings) -> int:
     from mae_core.store_check import check_store
 
     with counting("verifying", "MB") as progress:
-        found = check_store(
-            address(settings.store), decode=settings.decode, progress=lambda done, total: progress(done // 10**6, total // 10**6)
-        )
+        found = check_store(settings.store, decode=settings.decode, progress=lambda done, total: progress(done // 10**6, total // 10**6))
     rate = found.num_bytes / 1e6 / max(found.seconds, 1e-9)
     done = f"{found.num_files} files, {found.num_bytes / 1e6:.1f} MB at {rate:.0f} MB/s"
     done += f", {found.num_decoded} chunks unpacked" if found.num_decoded else ""
@@ -114,7 +111,7 @@ def export(settings: ExportSettings) -> int:
     """Write tiles as files."""
     from pipelines.store_export import export_tiles
 
-    for line in export_tiles(address(settings.store), settings.tile, settings.out):
+    for line in export_tiles(settings.store, settings.tile, settings.out):
         console.print(line, markup=False)
     return 0
 
@@ -152,7 +149,7 @@ def sheet(settings: SheetSettings) -> int:
 
     if settings.out.suffix != ".png":
         raise RunError(f"--out {settings.out} must end in .png")
-    store = TileStore.open(address(settings.store), verify="sizes")
+    store = TileStore.open(settings.store, verify="sizes")
     aside = settings.out.with_name(f".{settings.out.stem}.tmp.png")
     try:
         save_picture(store_sheet(store, settings.seed), aside)
@@ -168,7 +165,7 @@ def check(settings: StoreSettings) -> list[str]:
     from mae_core.store import TileStore
 
     try:
-        store = TileStore.open(address(settings.store), verify="sizes")
+        store = TileStore.open(settings.store, verify="sizes")
         if isinstance(settings, ExportSettings):
             from pipelines.store_export import planned
 
@@ -176,11 +173,6 @@ def check(settings: StoreSettings) -> list[str]:
     except EXPECTED as error:
         return [str(error)]
     return []
-
-
-def address(store: str) -> Path | str:
-    """What a store is opened by: the text of a URL, else a path."""
-    return store if URL.match(store) else Path(store)
 
 
 def arguments(words: Sequence[str]) -> list[str]:

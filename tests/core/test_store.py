@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from mae_core.chunks import Compression, crc32c
 from mae_core.shards import NO_CHUNK
-from mae_core.store import StoreError, TileStore, sha256_of, store_digest
+from mae_core.store import StoreError, TileStore
+from mae_core.store_check import check_store
 from mae_core.store_files import LocalFiles
-from mae_core.store_writer import ShardWriter, StoreLayout, finish, merge_moments, writing
+from mae_core.store_folder import sha256_of, store_digest
+from mae_core.store_writer import ShardWriter, StoreLayout, finish, merge_moments
 
 LAYOUT = StoreLayout(10, ("A", "B", "C"), (5, 6), ("y", "x"), "int16", 4, has_labels=True)
 TILES = (0, 2, 3, 4, 5, 9)
@@ -116,7 +118,7 @@ def flip(file: Path, place: int) -> None:
 def test_what_is_read_is_what_was_written(store: Path) -> None:
     opened = TileStore.open(store)
     assert (opened.channels, opened.space, opened.dtype, opened.kind) == (("A", "B", "C"), (5, 6), np.dtype("int16"), "raster")
-    assert (len(opened), opened.no_value, opened.verify()) == (6, 127, [])
+    assert (len(opened), opened.no_value, check_store(store).problems) == (6, 127, ())
     for number, tile in enumerate(TILES):
         read = opened.read(number)
         pixels, quality, labels = arrays(tile)
@@ -203,7 +205,8 @@ def test_a_missing_shard_is_refused_by_name(store: Path) -> None:
             TileStore.open(store, verify=verify)
     with pytest.raises(StoreError, match=message + "cannot be read: No such file"):
         opened.read(3)
-    assert [problem for problem in opened.verify() if "is missing" in problem] == ["pixels shard c/1/0/0/0 (tiles 4–7) is missing"]
+    missing = [problem for problem in check_store(store).problems if "is missing" in problem]
+    assert missing == ["pixels shard c/1/0/0/0 (tiles 4–7) is missing"]
     assert opened.read(0).tile == 0, "the rest can be read"
 
 
@@ -255,7 +258,7 @@ def test_a_chunk_left_out_of_its_shard_is_no_zeros(store: Path) -> None:
     assert (zarr_arrays(store)["pixels"][2] == 0).all(), "this is what zarr answers"
     with pytest.raises(StoreError, match=r"pixels shard c/0/0/0/0 \(tiles 0–3\) holds no chunk for tile 2, which the index lists"):
         opened.read(1)
-    assert opened.verify() == ["pixels shard c/0/0/0/0 (tiles 0–3) holds no chunk for tile 2"]
+    assert check_store(store).problems == ("pixels shard c/0/0/0/0 (tiles 0–3) holds no chunk for tile 2",)
 
 
 def test_a_chunk_outside_the_file_is_refused(store: Path) -> None:
@@ -384,67 +387,3 @@ def test_a_process_started_after_reading_reads_too(store: Path, method: str) -> 
 
 def test_the_same_content_gives_the_same_digest(store: Path, tmp_path: Path) -> None:
     assert TileStore.open(write_store(tmp_path / "again")).digest == TileStore.open(store).digest
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def shard() -> None:
-        with ShardWriter(tmp_path, LAYOUT, 0) as writer:
-            writer.add(0, *arrays(0))
-            raise ZeroDivisionError
-
-    def file() -> None:
-        with writing(tmp_path / "file") as stream:
-            stream.write(b"half")
-            raise ZeroDivisionError
-
-    for fail in (shard, file):
-        with pytest.raises(ZeroDivisionError):
-            fail()
-        assert [left for left in tmp_path.rglob("*") if left.is_file()] == []
-
-
-def test_a_writer_replaces_what_an_earlier_try_left(tmp_path: Path) -> None:
-    for tiles in ([0, 2], [2]):
-        with ShardWriter(tmp_path, LAYOUT, 0) as writer:
-            for tile in tiles:
-                writer.add(tile, *arrays(tile))
-    index = LAYOUT.arrays["pixels"].read_index(LocalFiles(tmp_path), 0)
-    assert (index[:, 0] == NO_CHUNK).tolist() == [True, True, False, True]
-    with ShardWriter(tmp_path, LAYOUT, 0):
-        pass
-    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
-
-
-def test_two_writers_of_a_shard_do_not_disturb_each_other(tmp_path: Path) -> None:
-    key = LAYOUT.arrays["pixels"].key(0)
-    with ShardWriter(tmp_path, LAYOUT, 0) as late:
-        late.add(0, *arrays(0))
-        with ShardWriter(tmp_path, LAYOUT, 0) as early:
-            early.add(0, *arrays(0))
-        first = (tmp_path / key).read_bytes()
-        assert early.files[key]["sha256"] == sha256_of(tmp_path / key)
-    assert late.files == early.files
-    assert (tmp_path / key).read_bytes() == first
-    failing = ShardWriter(tmp_path, LAYOUT, 0).__enter__()
-    failing.add(0, *arrays(0))
-    failing.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert (tmp_path / key).read_bytes() == first, "one that fails takes nothing away"
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_writer_refuses_tiles_that_do_not_fit(tmp_path: Path) -> None:
-    pixels, quality, labels = arrays(0)
-    with ShardWriter(tmp_path, LAYOUT, 0) as writer:
-        with pytest.raises(ValueError, match="tile 4 is not one of shard 0"):
-            writer.add(4, pixels, quality, labels)
-        with pytest.raises(ValueError, match=r"pixels of tile 0 are float32\(3, 5, 6\), wanted int16\(3, 5, 6\)"):
-            writer.add(0, pixels.astype(np.float32), quality, labels)
-        with pytest.raises(ValueError, match=r"quality of tile 0 are uint8\(4, 6\)"):
-            writer.add(0, pixels, quality[1:], labels)
-        with pytest.raises(ValueError, match=r"comes with \['pixels', 'quality'\], the store has"):
-            writer.add(0, pixels, quality, None)
-        writer.add(0, pixels, quality, labels)
-        with pytest.raises(ValueError, match="or came twice"):
-            writer.add(0, pixels, quality, labels)
-    with pytest.raises(ValueError, match="cannot hold complex64"):
-        StoreLayout(1, ("A",), (2,), ("x",), "complex64", 1, has_labels=False)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mae_core.loader import LoaderSettings, Stream
 from mae_core.store import StoreError, TileIndex, TileStore
+from mae_core.store_check import check_store
 from mae_core.store_view import write_view
 from mae_core.store_writer import merge_moments
 from tests.synthetic_stores import pixels_of, small_store
@@ -44,7 +45,7 @@ def test_a_view_is_the_tiles_of_each_store_in_turn(tmp_path: Path) -> None:
             if field.name != "tile":
                 part = getattr(view.index, field.name)[6 * number : 6 * number + 6]
                 np.testing.assert_array_equal(part, getattr(store.index, field.name))
-    assert view.verify() == []
+    assert check_store(view.path).problems == ()
     assert view.manifest["tiles"] == {"found": 21, "accepted": 18, "train": 9, "val": 9, "discarded": {"too little": 3}}
     assert view.manifest["notes"] == ["note of a", "note of b", "note of c"]
     assert view.attributes["classes"] == [0, *map(ord, "abc")]
@@ -104,8 +105,8 @@ def test_moved_together_it_still_reads_and_a_store_that_changed_is_named(tmp_pat
 def test_damage_in_a_member_is_named(tmp_path: Path) -> None:
     view = merged(tmp_path / "view", small_store(tmp_path / "a", "a"), small_store(tmp_path / "b", "b"))
     (tmp_path / "b" / "pixels/c/1/0/0/0").unlink()
-    assert next(problem.split(": ", 1)[1] for problem in view.verify()) == "pixels shard c/1/0/0/0 (tiles 3–5) is missing"
-    assert str(tmp_path / "b") in view.verify()[0]
+    assert next(problem.split(": ", 1)[1] for problem in check_store(view.path).problems) == "pixels shard c/1/0/0/0 (tiles 3–5) is missing"
+    assert str(tmp_path / "b") in check_store(view.path).problems[0]
     with pytest.raises(StoreError, match=r"b: pixels shard c/1/0/0/0 \(tiles 3–5\) cannot be read"):
         view.read(8)
 

@@ -15,6 +15,7 @@ import pytest
 import mae_core.store_writer
 import pipelines.preparation_folder
 from mae_core.store import StoreError, TileStore
+from mae_core.store_check import check_store
 from pipelines.preparation import PreparationError, PrepareSettings, prepare
 from pipelines.preparation_extension import OVERLAPS, OVERLAPS_EARLIER, TIES
 from pipelines.tiling_plan import SplitSettings
@@ -46,7 +47,7 @@ def test_what_is_there_stays_and_what_is_new_is_added(tmp_path: Path) -> None:
     assert (report.added, report.gone, report.done) == (("ab", "bb"), (), 7)
     assert "2 scenes added to the earlier store: ab, bb" in report.summary()
     after, store = tree(out), TileStore.open(out)
-    assert store.verify() == []
+    assert check_store(store.path).problems == ()
     assert {name for name in before if after[name] != before[name]} == {
         *("index.parquet", "statistics.json", "manifest.json"),
         *("pixels/zarr.json", "quality/zarr.json"),
@@ -140,7 +141,7 @@ def test_stopped_between_any_two_steps_it_ends_in_the_same_bytes(tmp_path: Path,
                 TileStore.open(out)
         else:
             store = TileStore.open(out)
-            assert store.verify() == []
+            assert check_store(store.path).problems == ()
             seen["old" if store.digest == start.digest else "new"] += 1
         prepare(every, out, HERE)
         assert tree(out) == whole, f"stopped at {at}"
@@ -196,7 +197,7 @@ def test_another_run_that_finished_meanwhile_is_seen(tmp_path: Path, monkeypatch
     monkeypatch.setattr(pipelines.preparation, "claimed", late)
     with pytest.raises(PreparationError, match="another run has just finished"):
         prepare(Scenes(every.scenes[:4]), tmp_path / "out", HERE)
-    assert TileStore.open(tmp_path / "out").verify() == []
+    assert check_store(tmp_path / "out").problems == ()
 
 
 def test_scenes_that_are_gone_are_told_and_stay(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from mae_core.chunks import crc32c
 from mae_core.shards import NO_CHUNK
-from mae_core.store import TileStore, sha256_of, store_digest
+from mae_core.store import TileStore
 from mae_core.store_check import check_store
+from mae_core.store_folder import sha256_of, store_digest
 from mae_core.store_view import write_view
 from modalities.catalogue import Catalogue, scan
 from modalities.nifti import MriSettings
