@@ -40,6 +40,9 @@ class Description(Settings):
         encoder: Shape of the encoder.
         head: Shape of the head of a segmenter.
         classes: Class number in label maps and its name, in the order of the scores.
+        colours: Red, green and blue (0 to 255) of each class, in the same order; empty where none were given.
+        units: Of the physical values per channel; empty strings where nobody said.
+        levels: Processing levels that the training data of each channel had, such as `L2A`; empty where nobody said.
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
     """
@@ -57,6 +60,9 @@ class Description(Settings):
     encoder: EncoderChoice
     head: HeadSettings | None = None
     classes: tuple[tuple[int, str], ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = ()
+    units: tuple[str, ...] = ()
+    levels: tuple[tuple[str, ...], ...] = ()
     reader: dict[str, Any]
     lineage: dict[str, str]
 

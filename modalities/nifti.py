@@ -144,6 +144,11 @@ class VolumeScene:
         return self.grid.space
 
     @property
+    def times(self) -> tuple[str, ...]:
+        """None: the dates of patients leave no archive."""
+        return ()
+
+    @property
     def label_suffix(self) -> str:
         """Ending of a written label file."""
         return ".nii.gz"

@@ -21,7 +21,9 @@ class Quality(IntFlag):
     """Added to fill a tile; set by the tile writer, never by an adapter."""
     SATURATED = 16
     CLOUD = 32
-    DEFACED = 64
+    """Cloud, cloud shadow or cirrus, by a class map or mask that came with the scene."""
+    EXCLUDED = 64
+    """Left out by choice: the border by which clouds are widened, a defaced face."""
     BACKGROUND = 128
 
 

@@ -86,6 +86,7 @@ class RasterScene:
     group: str
     grid: Grid
     bands: tuple[BandFile, ...]
+    times: tuple[str, ...] = ()
     label_suffix: str = field(default=".tif", init=False)
 
     @property

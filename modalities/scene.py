@@ -35,6 +35,11 @@ class Channel:
         resolution_m: Native ground sampling distance for remote sensing, else None.
         scale, offset: Physical value = stored value · scale + offset (reflectance for optical bands,
             foreground z-score for MRI).
+        unit: Of the physical value: `reflectance`, `dB`, `m`, …; empty where nobody said.
+        level: Processing that the value has gone through, where the same name can mean several (`L1C`: top of atmosphere,
+            `L2A`: surface); else empty.
+        footprint: Voxels of the scene's grid, along each of its last two axes, that hold one and the same measurement: 2 for a 20 m
+            band kept at its native resolution on a 10 m grid; 1 where every voxel has a value of its own.
     """
 
     name: str
@@ -42,6 +47,9 @@ class Channel:
     resolution_m: float | None = None
     scale: float = 1.0
     offset: float = 0.0
+    unit: str = ""
+    level: str = ""
+    footprint: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,14 @@ class Scene(Protocol):
     @property
     def channels(self) -> tuple[Channel, ...]:
         """In the order of the first axis that `read` gives."""
+        ...
+
+    @property
+    def times(self) -> tuple[str, ...]:
+        """When it was acquired, ISO 8601 in UTC (`2020-02-23T03:27:39Z`): one time, one per index of the first axis of a series, or none.
+
+        Empty where it is not known, and always for patients, whose dates leave no archive.
+        """
         ...
 
     @property

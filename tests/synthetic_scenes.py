@@ -34,6 +34,7 @@ class SyntheticScene:
     dtype: np.dtype[np.generic]
     damaged: int | None = None
     blocks_of: tuple[int, ...] | None = None
+    times: tuple[str, ...] = ()
 
     @property
     def block(self) -> tuple[int, ...]:

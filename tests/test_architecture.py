@@ -35,6 +35,7 @@ HOMES = {
         "modalities/tile_file.py",
         "pipelines/benchmark_ceiling.py",
     ],
+    "pyogrio": ["modalities/label_file.py"],
     "nibabel": [
         "modalities/nifti.py",
         "modalities/nifti_file.py",
