@@ -12,7 +12,8 @@ from mae_core.nd import per_axis
 from mae_core.parallel import Parallel
 from mae_core.segmentation import Segmentation, columns_of
 from mae_core.store import TileStore
-from modalities.catalogue import match_labels, scan
+from modalities.catalogue import scan
+from modalities.labels import match_labels
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import TILES, prepare_store, store_attributes

@@ -11,7 +11,8 @@ import pytest
 import rasterio
 from rasterio import Affine
 
-from modalities.catalogue import match_labels, scan
+from modalities.catalogue import scan
+from modalities.labels import match_labels
 from modalities.nifti import MriSettings
 from modalities.raster import RasterSettings
 from modalities.scene import SceneError

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from modalities.catalogue import Catalogue, match_labels, scan
+from modalities.catalogue import Catalogue, scan
+from modalities.labels import match_labels
 from modalities.quality import Quality
 from modalities.raster import Radiometry, RasterScene
 from modalities.scene import SceneError
