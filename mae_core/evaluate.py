@@ -39,6 +39,8 @@ class Panel:
             standard deviation where the target is normalised (they are not predicted).
         error: Absolute difference in counted hidden voxels, NaN elsewhere.
         channels: Names of the first axis.
+        mean, std: Physical value = value · std + mean, per channel.
+        axes: Names of the spatial axes, such as `("time", "y", "x")`; empty where nobody said.
     """
 
     pixels: NDArray[np.float32]
@@ -46,6 +48,9 @@ class Panel:
     filled: NDArray[np.float32]
     error: NDArray[np.float32]
     channels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Pretraining:
         held_out: Rows that are evaluated; empty for none.
         batch_size: Of the evaluation.
         parallel: This process.
-        on_panels: Is given the first held-out samples at each evaluation, on rank 0.
+        on_panels: Is given some held-out samples at each evaluation, on rank 0: of each set of channels in turn.
         num_panels: How many.
         perceptual: A further loss, or None.
     """
@@ -146,24 +151,36 @@ class Pretraining:
         if not len(self.held_out):
             return
         sums = torch.zeros(5, model.decoder.shape[0], dtype=torch.float64)
-        panels: list[Panel] = []
-        plain = self.normaliser.plain
-        for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
-            batch = plain(raw, self.parallel.device)
-            plan = self._plan(model, batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
-            output = model(batch.pixels, batch.counted, batch.present, plan, batch.context)
+        for batch, output in self._outputs(model, self.held_out, self.parallel):
             layout = model.encoder.layout(batch.pixels.shape[2:])
             parts = [output.error_sum, *trivial_errors(batch, layout, output, model), output.count]
             sums += torch.stack([part.double().sum(dim=0).cpu() for part in parts])
-            wanted = range(min(len(batch.pixels), self.num_panels - len(panels)))
-            panels += [make_panel(index, batch, model, output, self.store.channels) for index in wanted]
         totals = self.parallel.sum(sums.to(self.parallel.device)).cpu()
         if self.on_panels is not None and self.parallel.is_first:
-            self.on_panels(step, panels)
+            self.on_panels(step, self.panels(model))
         yield from _skill("", totals.sum(dim=1))
         if totals.shape[1] == len(self.store.channels):
             for name, column in zip(self.store.channels, totals.T, strict=True):
                 yield from _skill(f"/{name}", column)
+
+    def panels(self, model: MaskedAutoencoder) -> list[Panel]:
+        """Held-out samples to look at: evenly spread, of each set of channels that there is in turn."""
+        rows = self.held_out[various(self.store.index.present[self.held_out], self.num_panels)]
+        alone = Parallel(0, 1, self.parallel.device)
+        about = (self.store.channels, self.normaliser.mean, self.normaliser.std, tuple(self.store.attributes.get("axes", ())))
+        return [
+            make_panel(index, batch, model, output, about)
+            for batch, output in self._outputs(model, rows, alone)
+            for index in range(len(batch.pixels))
+        ]
+
+    def _outputs(self, model: MaskedAutoencoder, rows: NDArray[np.int64], parallel: Parallel) -> Iterator[tuple[Batch, MaeOutput]]:
+        """What the model makes of the central crops of some rows, under hidden sets that no run changes."""
+        plain = self.normaliser.plain
+        for raw in fixed_batches(self.store, rows, self.batch_size, parallel):
+            batch = plain(raw, parallel.device)
+            plan = self._plan(model, batch, at_progress(self.hiding, 1.0), EVALUATION_SEED)
+            yield batch, model(batch.pixels, batch.counted, batch.present, plan, batch.context)
 
     def _plan(self, model: MaskedAutoencoder, batch: Batch, hiding: AnyHiding, seed: int) -> HidingPlan:
         layout = model.encoder.layout(batch.pixels.shape[2:])
@@ -206,7 +223,27 @@ def trivial_errors(batch: Batch, layout: TokenLayout, output: MaeOutput, model: 
     return [error.sum(dim=(1, 3)) for error in errors]
 
 
-def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOutput, channels: tuple[str, ...]) -> Panel:
+def various(present: NDArray[np.bool_], most: int) -> NDArray[np.int64]:
+    """At most `most` numbers of rows of `(row, channel)`, rising: alike many of each pattern, evenly spread over its rows."""
+    kind = np.unique(present, axis=0, return_inverse=True)[1].reshape(-1)
+    kinds = sorted((np.flatnonzero(kind == number) for number in range(kind.max() + 1)), key=lambda rows: -len(rows))
+    shares = [len(range(place, most, len(kinds))) for place in range(len(kinds))]
+    for place, rows in enumerate(kinds):  # what one pattern cannot fill is left to the next
+        spare = shares[place] - min(shares[place], len(rows))
+        shares[place] -= spare
+        shares[(place + 1) % len(kinds)] += spare
+    chosen = [
+        rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).round().astype(np.int64)]
+        for rows, share in zip(kinds, shares, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+About = tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]
+"""Channels, mean and standard deviation of each, and names of the spatial axes."""
+
+
+def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOutput, about: About) -> Panel:
     """The panel of one sample of a batch; without prediction and error where the target is not made of pixels."""
     plan, one = output.plan, slice(index, index + 1)
     pixels = batch.pixels[one].float()
@@ -228,7 +265,10 @@ def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOu
         shown=_picture(shown, is_shown),
         filled=_picture(torch.where(is_shown, shown, filled), is_shown | is_filled),
         error=_picture(wrong, is_counted),
-        channels=channels,
+        channels=about[0],
+        mean=about[1],
+        std=about[2],
+        axes=about[3],
     )
 
 

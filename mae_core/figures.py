@@ -13,28 +13,30 @@ from numpy.typing import NDArray
 
 from mae_core.evaluate import Panel
 
-TRUE_COLOUR = ("B04", "B03", "B02")
-"""Channels shown as red, green and blue where a store has them."""
+TRUE_COLOUR = (("B04", "B03", "B02"), ("OLI_B4", "OLI_B3", "OLI_B2"), ("ETM_B3", "ETM_B2", "ETM_B1"), ("TM_B3", "TM_B2", "TM_B1"))
+"""Channels shown as red, green and blue where a sample has them: Sentinel-2, then the Landsats."""
 
 
 def reconstruction(panels: Sequence[Panel], title: str) -> NDArray[np.uint8]:
     """One picture `(height, width, 3)` with a row per sample: input, what was shown, prediction, error.
 
-    Optical scenes are shown in true colour, others by their first present channel; volumes by the middle plane
-    of their last axis (axial in RAS+, anterior upward), and stretched between the 1st and 99th percentile of the input.
+    Optical scenes are shown in true colour: red, green and blue in physical units under one stretch, so that colours are those
+    of the ground. Others are shown by the first channel that they have; volumes by the middle plane of their last axis (axial in
+    RAS+, anterior upward), time series by their middle date. Stretched between the 1st and 99th percentile of the input.
     """
     figure = Figure(figsize=(9.2, 2.35 * len(panels) + 0.5), dpi=100, layout="constrained")
     axes = figure.subplots(len(panels), 4, squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
         chosen = _channels(panel)
-        images = [plane(part[chosen]) for part in (panel.pixels, panel.shown, panel.filled)]
-        low, high = np.percentile(images[0], [1, 99], axis=(0, 1), keepdims=True)
-        spread = np.maximum(high - low, 1e-6)
+        mean, std = (np.asarray(values, np.float32)[chosen] for values in (panel.mean, panel.std))
+        images = [plane(part[chosen], panel.axes) * std + mean for part in (panel.pixels, panel.shown, panel.filled)]
+        low, high = np.percentile(images[0], [1, 99])
+        spread = max(float(high - low), 1e-6 * float(std.max()))
         for place, image, name in zip(row, images, ("input", "shown", "prediction"), strict=False):
             grey = np.where(np.isnan(image), 0.5, np.clip((image - low) / spread, 0, 1))
             place.imshow(grey if grey.shape[-1] == 3 else grey[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             place.set_title(name, fontsize=8)
-        _error(row[3], plane(panel.error[chosen]))
+        _error(row[3], plane(panel.error[chosen], panel.axes))
         names = "/".join(panel.channels[index] for index in chosen)
         row[0].set_ylabel(names, fontsize=8)
         for place in row:
@@ -68,16 +70,27 @@ def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
 
 
 def _channels(panel: Panel) -> list[int]:
-    """Three channels in true colour, or the first that holds anything."""
-    if all(name in panel.channels for name in TRUE_COLOUR):
-        return [panel.channels.index(name) for name in TRUE_COLOUR]
-    filled = [index for index in range(len(panel.channels)) if np.any(panel.pixels[index])]
+    return shown_channels(panel.channels, [bool(np.any(part)) for part in panel.pixels])
+
+
+def shown_channels(channels: Sequence[str], there: Sequence[bool]) -> list[int]:
+    """Places of the three channels that give true colour, where all are there; else of the first that is."""
+    filled = [index for index in range(len(channels)) if there[index]]
+    for colours in TRUE_COLOUR:
+        found = [index for name in colours for index in filled if channels[index] == name]
+        if len(found) == len(colours):
+            return found
     return filled[:1] or [0]
 
 
-def plane(array: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`(row, column, channel)` of `(channel, *space)` with one to three axes; of a volume the middle last-axis plane."""
-    if array.ndim == 4:
+def plane(array: NDArray[np.float32], axes: Sequence[str] = ()) -> NDArray[np.float32]:
+    """`(row, column, channel)` of `(channel, *space)` with one to three axes.
+
+    Of a time series the middle date, of any other volume the middle last-axis plane.
+    """
+    if array.ndim == 4 and tuple(axes[:1]) == ("time",):
+        array = array[:, array.shape[1] // 2]
+    elif array.ndim == 4:
         array = array[..., array.shape[-1] // 2].swapaxes(1, 2)[:, ::-1]
     if array.ndim == 2:
         array = array[:, None]

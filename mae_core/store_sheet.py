@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from numpy.typing import NDArray
 
-from mae_core.figures import TRUE_COLOUR, plane, render
+from mae_core.figures import plane, render, shown_channels
 from mae_core.store import Split, Tile, TileStore
 from mae_core.tracking import Tracker
 
@@ -124,7 +124,8 @@ def _pictures(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampl
     """A row per side; every picture is stretched between the 1st and 99th percentile of its counted values, which are told."""
     sides = [side for side in SIDES if sampled[side].shown]
     none = "".join(f"; no {side} tiles" for side in SIDES if side not in sides)
-    plane = "; of volumes the plane across the last axis that holds most of them" if len(store.space) == 3 else ""
+    which = "date" if _is_series(store) else "plane across the last axis"
+    plane = f"; of each the {which} that holds most of them" if len(store.space) == 3 else ""
     figure.suptitle(f"tiles, each stretched to the 1st–99th percentile of its counted values{plane}; pink: no value{none}", fontsize=9)
     for places, side in zip(figure.subplots(len(sides), SHOWN_TILES, squeeze=False), sides, strict=True):
         shown = sampled[side].shown
@@ -143,22 +144,28 @@ def _pictures(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampl
 
 def _picture(store: TileStore, tile: Tile) -> tuple[NDArray[np.float64], float, float, str]:
     """`(row, column, 3)` of a tile without its padding, the physical values that are black and white in it, and its channels."""
-    present = [name for name, there in zip(store.channels, tile.present, strict=True) if there]
-    names = TRUE_COLOUR if set(TRUE_COLOUR) <= set(present) else tuple(present[:1])
-    chosen = [store.channels.index(name) for name in names]
+    chosen = shown_channels(store.channels, tile.present.tolist())
+    names = [store.channels[place] for place in chosen]
+    axes = tuple(store.attributes.get("axes", ()))
     inside = tuple(slice(0, size) for size in tile.extent)
-    if len(tile.extent) == 3:
+    if _is_series(store):
+        inside = (_fullest_plane(np.moveaxis(tile.quality[inside], 0, -1)), *inside[1:])
+    elif len(tile.extent) == 3:
         inside = (*inside[:2], _fullest_plane(tile.quality[inside]))
     by_channel = (-1, *(1 for _ in tile.extent))
     values = tile.pixels[chosen][(slice(None), *inside)] * tile.scale[chosen].reshape(by_channel) + tile.offset[chosen].reshape(by_channel)
-    image = plane(values.astype(np.float32)).astype(np.float64)
-    quality = plane(tile.quality[inside].astype(np.float32)[None])[..., 0].astype(np.uint8)
+    image = plane(values.astype(np.float32), axes).astype(np.float64)
+    quality = plane(tile.quality[inside].astype(np.float32)[None], axes)[..., 0].astype(np.uint8)
     nothing, seen = (quality & store.no_value) != 0, image[quality == 0]
-    low, high = np.percentile(seen, [1, 99], axis=0) if len(seen) else (np.zeros(len(chosen)), np.ones(len(chosen)))
-    grey = np.clip((image - low) / np.maximum(high - low, 1e-12), 0, 1)
+    low, high = (float(end) for end in np.percentile(seen, [1, 99])) if len(seen) else (0.0, 1.0)
+    grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
     picture = np.broadcast_to(grey, (*grey.shape[:2], 3)).copy()
     picture[nothing] = NOTHING
-    return picture, float(np.min(low)), float(np.max(high)), "/".join(names)
+    return picture, low, high, "/".join(names)
+
+
+def _is_series(store: TileStore) -> bool:
+    return len(store.space) == 3 and tuple(store.attributes.get("axes", ()))[:1] == ("time",)
 
 
 def _fullest_plane(quality: NDArray[np.uint8]) -> slice:

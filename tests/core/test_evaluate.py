@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Batch, Normaliser
 from mae_core.context import Context
-from mae_core.evaluate import Panel, Pretraining, make_panel, trivial_errors
+from mae_core.evaluate import Panel, Pretraining, make_panel, trivial_errors, various
 from mae_core.loader import read_rows
 from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings
 from mae_core.masking import HidingPlan, RandomHiding
@@ -116,16 +116,27 @@ def test_nothing_held_out_is_nothing_to_say(store: TileStore) -> None:
 
 
 @torch.inference_mode()
-def test_the_first_samples_are_shown(store: TileStore) -> None:
+def test_samples_are_shown(store: TileStore) -> None:
     settings, seen = settings_of(PATCH), []
     shown = replace(task(store, settings), on_panels=lambda step, panels: seen.append((step, panels)), num_panels=5)
     dict(shown.evaluate(model_of(settings), 7))
     ((step, panels),) = seen
     assert step == 7
     assert len(panels) == 5, "from more than one batch"
-    for tile, panel in enumerate(panels):
+    for tile, panel in zip(various(store.index.present[:6], 5), panels, strict=True):
         assert panel.channels == CHANNELS
+        assert (panel.mean, panel.std) == (shown.normaliser.mean, shown.normaliser.std)
         np.testing.assert_allclose(panel.pixels, store.read(tile).pixels[:, 2:18, 2:22] / 0.5, rtol=1e-6)
+
+
+def test_every_set_of_channels_is_shown_in_turn() -> None:
+    """Ten tiles with both channels, two with the second alone, one with the first alone."""
+    present = np.array([[True, True]] * 10 + [[False, True]] * 2 + [[True, False]])
+    assert various(present, 4).tolist() == [0, 9, 10, 12]
+    assert various(present, 2).tolist() == [0, 10]
+    assert various(present[:10], 4).tolist() == [0, 3, 6, 9]
+    assert various(present, 13).tolist() == list(range(13))
+    assert various(present[10:], 4).tolist() == [0, 1, 2], "there are no more"
 
 
 def test_the_training_loss_is_the_models(store: TileStore) -> None:
@@ -200,7 +211,7 @@ def panel_of(batch: Batch, settings: ModelSettings, index: int) -> tuple[Panel, 
     plan = plan_of(batch, settings)
     oracle = fixed(settings, 1)
     output = oracle(batch.pixels, batch.counted, batch.present, plan)
-    return make_panel(index, batch, oracle, output, CHANNELS), plan, output
+    return make_panel(index, batch, oracle, output, (CHANNELS, (0.0,) * 3, (1.0,) * 3, ())), plan, output
 
 
 def in_tokens(image: np.ndarray, patch: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ def panel(space: tuple[int, ...], channels: tuple[str, ...] = ("T1w", "T2w")) ->
     shown, filled, error = pixels.copy(), pixels.copy(), np.full_like(pixels, np.nan)
     shown[:, : space[0] // 2] = np.nan
     error[:, : space[0] // 2] = 0.3
-    return Panel(pixels, shown, filled, error, channels)
+    return Panel(pixels, shown, filled, error, channels, (0.0,) * len(channels), (1.0,) * len(channels))
 
 
 @pytest.mark.parametrize("space", [(16,), (8, 12), (6, 8, 4)])
@@ -37,17 +37,36 @@ def test_a_row_per_sample(space: tuple[int, ...]) -> None:
 def test_what_is_missing_everywhere_is_no_warning() -> None:
     empty = np.zeros((1, 8, 8), np.float32)
     nothing = np.full_like(empty, np.nan)
-    assert reconstruction([Panel(empty, nothing, nothing, nothing, ("T1w",))], "").any()
+    assert reconstruction([Panel(empty, nothing, nothing, nothing, ("T1w",), (0.0,), (1.0,))], "").any()
 
 
 def test_optical_channels_are_shown_in_true_colour_and_others_by_the_first_that_holds_anything() -> None:
     assert _channels(panel((4, 4), ("B02", "B03", "B04", "B08"))) == [2, 1, 0]
     assert _channels(panel((4, 4))) == [0]
+    both = panel((4, 4), ("B02", "B03", "B04", "OLI_B2", "OLI_B3", "OLI_B4"))
+    assert _channels(both) == [2, 1, 0]
+    both.pixels[:3] = 0
+    assert _channels(both) == [5, 4, 3], "a sample of Landsat in a store of both"
     absent = panel((4, 4))
     absent.pixels[0] = 0
     assert _channels(absent) == [1]
     absent.pixels[1] = 0
     assert _channels(absent) == [0]
+
+
+def test_colours_are_those_of_the_ground() -> None:
+    """Green ground of reflectance 0.1, 0.3, 0.1 is green, though each channel lies at its own mean."""
+    channels, mean, std = ("B02", "B03", "B04"), (0.1, 0.3, 0.1), (0.01, 0.02, 0.03)
+    pixels = np.random.default_rng(0).normal(0, 0.1, (3, 16, 16)).astype(np.float32)
+    nothing = np.full_like(pixels, np.nan)
+    picture = reconstruction([Panel(pixels, pixels, pixels, nothing, channels, mean, std)], "").astype(int)
+    green = (picture[..., 1] > picture[..., 0] + 100) & (picture[..., 1] > picture[..., 2] + 100)
+    assert green.mean() > 0.2
+
+
+def test_a_plane_of_a_series_is_its_middle_date() -> None:
+    series = np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5).astype(np.float32)
+    assert np.array_equal(plane(series, ("time", "y", "x")), np.moveaxis(series[:, 1], 0, -1))
 
 
 def test_a_plane_of_an_image_is_itself_with_channels_last() -> None:
