@@ -11,7 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 from modalities.nifti import MriSettings, scan_volumes
-from modalities.raster import RasterSettings, group_by_place, scan_rasters
+from modalities.place import group_by_place
+from modalities.raster import RasterSettings, scan_rasters
 from modalities.scene import Rejected, Scene, SceneError
 from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2
 

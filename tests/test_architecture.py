@@ -29,6 +29,7 @@ HOMES = {
     "rasterio": [
         "modalities/raster.py",
         "modalities/raster_file.py",
+        "modalities/place.py",
         "modalities/sentinel2.py",
         "modalities/resample.py",
         "modalities/samples.py",

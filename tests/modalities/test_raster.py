@@ -14,8 +14,9 @@ from rasterio.transform import Affine
 
 from modalities import raster_file
 from modalities.catalogue import Catalogue, scan
+from modalities.place import group_by_place
 from modalities.quality import Quality
-from modalities.raster import Radiometry, RasterSettings, assemble, group_by_place, scan_rasters
+from modalities.raster import Radiometry, RasterSettings, assemble, scan_rasters
 from modalities.raster_file import inspect
 from modalities.scene import SceneError
 from tests.synthetic_rasters import (
