@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -306,16 +306,31 @@ def tell_end(result: dict[str, Any], out: Path) -> None:
     if "train/loss" in figures:
         console.print(f"  training loss {figures['train/loss']:.4f}: mean squared error on hidden voxels, in the space of the target")
     if "val/skill" in figures:
-        better = "beats" if figures["val/skill"] > 0 else "does not beat"
         console.print(
-            f"  held-out skill {figures['val/skill']:+.3f}: the model {better} the best trivial predictor "
-            f"(error {figures['val/error']:.4f}; visible mean {figures['val/error_of_visible_mean']:.4f}, "
-            f"interpolation {figures['val/error_of_interpolation']:.4f}, zero {figures['val/error_of_zero']:.4f})"
+            f"  held-out error {figures['val/error']:.4f}; trivial predictors: visible mean {figures['val/error_of_visible_mean']:.4f}, "
+            f"interpolation {figures['val/error_of_interpolation']:.4f}, zero {figures['val/error_of_zero']:.4f}"
         )
-        per_channel = {key.rpartition("/")[2]: value for key, value in figures.items() if key.startswith("val/skill/")}
-        console.print("  skill by channel: " + ", ".join(f"{name} {value:+.3f}" for name, value in per_channel.items()))
+        console.print(f"  {learned(figures)}")
+    pictures = sorted((out / "panels").glob("*.png"))
+    if pictures:
+        console.print(f"  reconstructions: {pictures[-1]}")
     console.print(f"  registered as {result['mlflow']['model']} ({result['mlflow']['alias']})")
     console.print(f"  look at it: {ui_command(result['mlflow']['uri'])}")
+
+
+def learned(figures: Mapping[str, float]) -> str:
+    """One line on whether the model learned: held-out skill, overall and by channel."""
+    by_channel = {key.removeprefix("val/skill/"): value for key, value in figures.items() if key.startswith("val/skill/")}
+    above = [name for name, value in by_channel.items() if value > 0]
+    overall = figures["val/skill"]
+    if overall <= 0:
+        verdict = "[yellow]it has not learned yet[/]"
+    elif len(above) < len(by_channel):
+        verdict = f"[bold]it learned in part[/], {len(above)} of {len(by_channel)} channels"
+    else:
+        verdict = "[bold]it learned[/]"
+    each = ", ".join(f"{name} {value:+.3f}" for name, value in by_channel.items())
+    return f"{verdict}: skill {overall:+.3f} over the best trivial predictor (0: none, 1: perfect){': ' * bool(each)}{each}"
 
 
 def told(tracker: Tracker, registered: Registered) -> dict[str, str]:

@@ -417,3 +417,20 @@ def test_a_model_is_fetched_by_a_new_process_that_stands_elsewhere(finished: Fin
     assert done.returncode == 0, done.stderr
     assert load_encoder(Path(done.stdout.strip().splitlines()[-1]))[1].kind == "encoder"
     assert not list(tmp_path.iterdir()), "no second store was made in the working folder"
+
+
+@pytest.mark.parametrize(
+    ("by_channel", "overall", "said"),
+    [
+        ({"B02": 0.1, "B11": 0.2}, 0.15, "[bold]it learned[/]: skill +0.150"),
+        ({"B02": 0.1, "B11": -0.2}, 0.05, "it learned in part[/], 1 of 2 channels: skill +0.050"),
+        ({"B02": 0.1, "B11": -0.2}, -0.05, "it has not learned yet[/]: skill -0.050"),
+        ({}, 0.15, "it learned[/]: skill +0.150 over the best trivial predictor (0: none, 1: perfect)"),
+    ],
+    ids=["all", "part", "none", "no channels"],
+)
+def test_one_line_says_whether_it_learned(by_channel: dict[str, float], overall: float, said: str) -> None:
+    line = verb.learned({"val/skill": overall, "val/error": 0.5} | {f"val/skill/{name}": value for name, value in by_channel.items()})
+    assert said in line
+    assert "\n" not in line
+    assert all(f"{name} {value:+.3f}" in line for name, value in by_channel.items())
