@@ -42,8 +42,8 @@ class Catalogue:
 
     @property
     def num_used(self) -> int:
-        """Files that scenes are read from."""
-        return sum(len(scene.files) for scene in self.scenes)
+        """Files that scenes are read from, each once: a mask of clouds may serve several."""
+        return len({file for scene in self.scenes for file in scene.files})
 
 
 def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings) -> Catalogue:

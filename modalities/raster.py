@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -15,10 +15,11 @@ import rasterio
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from modalities.class_band import ClassBand, MaskFile
 from modalities.grid import Grid, Window
 from modalities.quality import Quality
 from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, quiet, read_bands, same_frame
-from modalities.resample import ALIGNED, align, bilinear, is_placed, relate
+from modalities.resample import ALIGNED, Resampling, align, bilinear, footprint, is_placed, relate, repeated
 from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
 
 
@@ -39,6 +40,7 @@ class RasterSettings(AdapterSettings):
         nodata: The value that means "nothing here", in place of the file's own.
         exclude: Globs of relative paths or file names that are not looked at.
         require_georeference: Reject files without a CRS or an affine.
+        cloud_mask: A file beside every image that says which of its pixels are bad.
     """
 
     kind: Literal["raster"] = "raster"
@@ -47,6 +49,7 @@ class RasterSettings(AdapterSettings):
     nodata: float | None = None
     exclude: tuple[str, ...] = ()
     require_georeference: bool = False
+    cloud_mask: MaskFile | None = None
 
     @field_validator("bands")
     @classmethod
@@ -72,10 +75,12 @@ def radiometry(
 class RasterScene:
     """Bands in one or several files, on the grid of the finest of them.
 
-    Bands on a coarser grid are brought to it by position, linearly between valid pixels. A pixel is flagged when ANY
+    Bands on a coarser grid are brought to it by position: `bilinear` between valid pixels, or `native`, each measurement
+    repeated over the voxels that it covers (`Channel.footprint` of them along an axis). A pixel is flagged when ANY
     of the bands is invalid there, so that a mixed scene is only counted where all of its bands measured something;
     the flags say why: `NODATA` (the nodata value or a mask or alpha band of the file), `NOT_FINITE`, `SATURATED`
-    (only where the adapter knows the value), `OUTSIDE` (a coarser band does not reach there).
+    (only where the adapter knows the value), `OUTSIDE` (a coarser band does not reach there), and what the maps of classes
+    beside the bands say (`CLOUD`, `EXCLUDED` around clouds).
     """
 
     name: str
@@ -83,12 +88,18 @@ class RasterScene:
     grid: Grid
     bands: tuple[BandFile, ...]
     times: tuple[str, ...] = ()
+    class_bands: tuple[ClassBand, ...] = ()
+    resampling: Resampling = "bilinear"
     label_suffix: str = field(default=".tif", init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the bands, each once."""
-        return tuple(dict.fromkeys(band.path for band in self.bands))
+        """The files of the bands, each once, then those of the maps of classes."""
+        return tuple(dict.fromkeys(band.path for band in self._all_bands))
+
+    @property
+    def _all_bands(self) -> tuple[BandFile, ...]:
+        return (*self.bands, *(classes.band for classes in self.class_bands))
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -104,8 +115,8 @@ class RasterScene:
     @property
     def block(self) -> tuple[int, ...]:
         """The largest block of the bands' files, brought to the scene's grid; a strip is as wide as its file."""
-        steps = [np.divide(band.grid.spacing, self.grid.spacing) for band in self.bands]
-        sizes = np.max([np.rint(band.block * step) for band, step in zip(self.bands, steps, strict=True)], axis=0)
+        steps = [np.divide(band.grid.spacing, self.grid.spacing) for band in self._all_bands]
+        sizes = np.max([np.rint(band.block * step) for band, step in zip(self._all_bands, steps, strict=True)], axis=0)
         return tuple(int(min(max(size, 1), whole)) for size, whole in zip(sizes, self.grid.space, strict=True))
 
     @property
@@ -119,19 +130,22 @@ class RasterScene:
         space = tuple(part.stop - part.start for part in window)
         pixels = np.empty((len(self.bands), *space), self.dtype)
         quality = np.zeros(space, np.uint8)
-        for path in self.files:
+        brought = bilinear if self.resampling == "bilinear" else repeated
+        for path in dict.fromkeys(band.path for band in self.bands):
             places = [i for i, band in enumerate(self.bands) if band.path == path]
             bands = [self.bands[i] for i in places]
             rows, columns = align(self.grid, bands[0].grid)
             source = (rows.needed(window[0]), columns.needed(window[1]))
             values, flags = read_bands(bands, source)
             for place, band_values, band_flags in zip(places, values, flags, strict=True):
-                new_values, new_flags = bilinear(band_values, band_flags, (rows, columns), window)
+                new_values, new_flags = brought(band_values, band_flags, (rows, columns), window)
                 with np.errstate(over="ignore"):
                     pixels[place] = new_values
                 if pixels.dtype.kind == "f":
                     new_flags |= np.where(np.isfinite(pixels[place]) | (new_flags > 0), np.uint8(0), np.uint8(Quality.NOT_FINITE))
                 quality |= new_flags
+        for classes in self.class_bands:
+            quality |= classes.read(self.grid, window)
         return pixels, quality
 
     def open_labels(self, path: Path) -> RasterLabels:
@@ -228,13 +242,15 @@ def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) 
     """
     scenes: list[RasterScene] = []
     rejected: list[Rejected] = []
-    for path in sorted(files):
+    images, masks = split_masks(files, settings.cloud_mask)
+    for path in images:
         relative = path.relative_to(folder).as_posix()
         try:
             scenes.append(_scene(inspect(path, relative), settings))
         except SceneError as error:
             rejected.append(Rejected(relative, str(error)))
-    return name_uniquely(scenes, folder), rejected
+    scenes, without = with_masks(scenes, masks, folder, settings.cloud_mask)
+    return name_uniquely(scenes, folder), rejected + without
 
 
 def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
@@ -255,10 +271,11 @@ def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
     return RasterScene(name, name, file.grid, tuple(bands))
 
 
-def assemble(name: str, bands: list[BandFile]) -> tuple[RasterScene, list[tuple[BandFile, str]]]:
+def assemble(name: str, bands: list[BandFile], resampling: Resampling = "bilinear") -> tuple[RasterScene, list[tuple[BandFile, str]]]:
     """The scene of several bands on the grid of the finest, and the bands that cannot be brought to it, with reasons.
 
-    Where the files speak of several CRS, the one that most bands have is the scene's.
+    Where the files speak of several CRS, the one that most bands have is the scene's. With `native`, the footprints of
+    the channels are set, and a band whose pixels do not each cover a whole block of the scene's grid is one that cannot be brought to it.
     """
     frame = Counter(band.grid.frame for band in bands).most_common(1)[0][0]
     reference = min((band for band in bands if band.grid.frame == frame), key=lambda band: float(np.prod(band.grid.spacing)))
@@ -269,12 +286,81 @@ def assemble(name: str, bands: list[BandFile]) -> tuple[RasterScene, list[tuple[
             left.append((band, f"its CRS ({own}) is not that of the scene's other bands ({wanted}); warp it to theirs"))
             continue
         try:
-            align(reference.grid, band.grid)
+            rows, columns = align(reference.grid, band.grid)
+            side = footprint((rows, columns)) if resampling == "native" else 1
         except SceneError as error:
             left.append((band, str(error)))
         else:
-            kept.append(band)
-    return RasterScene(name, name, reference.grid, tuple(kept)), left
+            kept.append(replace(band, channel=replace(band.channel, footprint=side)))
+    return RasterScene(name, name, reference.grid, tuple(kept), resampling=resampling), left
+
+
+def with_classes(scene: RasterScene, *class_bands: ClassBand) -> RasterScene:
+    """The scene with these maps of classes beside those that it has.
+
+    Raises:
+        SceneError: A map lies in another CRS or on other ground. The message names it.
+    """
+    for classes in class_bands:
+        if not same_frame(classes.band.grid.frame, scene.grid.frame):
+            own, wanted = classes.band.grid.frame or "none", scene.grid.frame or "none"
+            raise SceneError(
+                f"the map of classes {classes.band.path.name} has the CRS {own}, its image {wanted}; warp it with nearest neighbour"
+            )
+        classes.align(scene.grid)
+    return replace(scene, class_bands=(*scene.class_bands, *class_bands))
+
+
+def split_masks(files: Iterable[Path], wanted: MaskFile | None) -> tuple[list[Path], list[Path]]:
+    """The files that are images, and those that are a mask of another file."""
+    found = sorted(files)
+    names = _by_folder(found)
+    masks = {mask for file in found for mask in wanted.beside(file, names)} if wanted else set()
+    return [file for file in found if file not in masks], sorted(masks)
+
+
+def with_masks(
+    scenes: Iterable[RasterScene], masks: Iterable[Path], folder: Path, wanted: MaskFile | None
+) -> tuple[list[RasterScene], list[Rejected]]:
+    """The scenes, each with the mask beside its first file, and a reason for every file that is in none any more."""
+    if wanted is None:
+        return list(scenes), []
+    names, used = _by_folder(masks), set[Path]()
+    kept: list[RasterScene] = []
+    rejected: list[Rejected] = []
+    for scene in scenes:
+        try:
+            beside = _only(wanted.beside(scene.files[0], names), wanted)
+            kept.append(with_classes(scene, *(wanted.band(_inspected(mask, folder)) for mask in beside)))
+            used.update(beside)
+        except SceneError as error:
+            rejected += [Rejected(file.relative_to(folder).as_posix(), str(error)) for file in scene.files]
+    rejected += [Rejected(mask.relative_to(folder).as_posix(), "a mask of no scene") for mask in sorted(set(masks) - used)]
+    return kept, rejected
+
+
+def _only(beside: list[Path], wanted: MaskFile) -> list[Path]:
+    if len(beside) > 1:
+        raise SceneError(
+            f"{len(beside)} files fit {wanted.file} ({', '.join(mask.name for mask in beside)}); name one in reader.cloud_mask.file"
+        )
+    if not beside and wanted.required:
+        raise SceneError(f"there is no mask {wanted.file} of it; set reader.cloud_mask.required=false to use it without")
+    return beside
+
+
+def _by_folder(files: Iterable[Path]) -> dict[Path, list[str]]:
+    names: defaultdict[Path, list[str]] = defaultdict(list)
+    for file in files:
+        names[file.parent].append(file.name)
+    return names
+
+
+def _inspected(mask: Path, folder: Path) -> RasterFile:
+    try:
+        return inspect(mask, mask.relative_to(folder).as_posix(), colour_table=True)
+    except SceneError as error:
+        raise SceneError(f"its mask {mask.name} cannot be used: {error}") from error
 
 
 def name_uniquely(scenes: list[RasterScene], folder: Path) -> list[RasterScene]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from modalities.grid import Grid, Window
 from modalities.quality import Quality
 from modalities.scene import SceneError
+
+Resampling = Literal["bilinear", "native"]
+"""How a coarse band comes to a fine grid: interpolated between measurements, or each measurement repeated over what it covers."""
 
 ALIGNED = 0.01
 """Lattices that agree to within this many pixels over their whole extent are taken as the same lattice."""
@@ -76,8 +80,13 @@ def relate(target: Grid, source: Grid) -> tuple[NDArray[np.float64], NDArray[np.
     return inverse @ target.matrix[:-1, :-1], inverse @ (target.matrix[:-1, -1] - source.matrix[:-1, -1])
 
 
-def align(target: Grid, source: Grid) -> tuple[AxisMap, ...]:
+def align(target: Grid, source: Grid, *, finer: bool = False) -> tuple[AxisMap, ...]:
     """One map per axis from `target` to `source`; the frames are compared by the caller.
+
+    Args:
+        target: Lattice to bring something to.
+        source: Lattice to bring it from.
+        finer: Whether the source may be finer than the target, as it may where classes are only looked up.
 
     Raises:
         SceneError: The lattices are turned against each other, the source is finer along an axis, the two do not
@@ -93,7 +102,7 @@ def align(target: Grid, source: Grid) -> tuple[AxisMap, ...]:
     if (turned > ALIGNED).any():
         raise SceneError("its lattice is turned or sheared against the other bands'; warp it to their grid")
     axes = tuple(_axis(float(linear[i, i]), float(offset[i]), target.space[i], source.space[i]) for i in range(len(target.space)))
-    if any(abs(axis.scale) > COARSEST_STEP for axis in axes):
+    if not finer and any(abs(axis.scale) > COARSEST_STEP for axis in axes):
         steps = " × ".join(f"{abs(axis.scale):g}" for axis in axes)
         raise SceneError(
             f"its pixels are smaller than those of the scene's finest band ({steps} of them per pixel); average it to that grid"
@@ -106,6 +115,12 @@ def align(target: Grid, source: Grid) -> tuple[AxisMap, ...]:
 def _axis(scale: float, offset: float, target_size: int, size: int) -> AxisMap:
     same = abs(scale - 1) * target_size <= ALIGNED and abs(offset - round(offset)) <= ALIGNED
     return AxisMap(1.0, float(round(offset)), size) if same else AxisMap(round(scale, 12), round(offset, 8), size)
+
+
+def nearest(axes: tuple[AxisMap, AxisMap], window: Window) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+    """Source row of every target row, source column of every target column, and where `(row, column)` there is no source."""
+    rows, columns = (low + (share > 0.5) for low, _, share in (axis.neighbours(part) for axis, part in zip(axes, window, strict=True)))
+    return rows, columns, ~np.logical_and.outer(axes[0].inside(window[0]), axes[1].inside(window[1]))
 
 
 def bilinear(
@@ -126,13 +141,11 @@ def bilinear(
         return values, flags
     (low_row, high_row, row_share), (low_col, high_col, col_share) = (a.neighbours(p) for a, p in zip(axes, window, strict=True))
     row_start, col_start = (axis.needed(part).start for axis, part in zip(axes, window, strict=True))
-    nearest_row = low_row + (row_share > 0.5) - row_start
-    nearest_col = low_col + (col_share > 0.5) - col_start
-    nearest = np.ix_(nearest_row, nearest_col)
-    outside = ~np.logical_and.outer(axes[0].inside(window[0]), axes[1].inside(window[1]))
-    new_flags = np.where(outside, np.uint8(Quality.OUTSIDE), flags[nearest])
+    near_row, near_col, outside = nearest(axes, window)
+    near = np.ix_(near_row - row_start, near_col - col_start)
+    new_flags = np.where(outside, np.uint8(Quality.OUTSIDE), flags[near])
     if all(axis.coincides for axis in axes):
-        return values[nearest], new_flags
+        return values[near], new_flags
     narrow = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
     work = np.dtype(np.float32 if narrow else np.float64)
     weight = (flags == 0).astype(work)
@@ -146,3 +159,39 @@ def bilinear(
         weight = weight.take(low, axis) * (1 - upper) + weight.take(high, axis) * upper
     mean = np.where(new_flags == 0, total / np.where(weight > 0, weight, 1), 0)
     return (np.rint(mean) if values.dtype.kind in "iu" else mean).astype(values.dtype), new_flags
+
+
+def footprint(axes: tuple[AxisMap, AxisMap]) -> int:
+    """Target voxels along each axis that one source voxel covers, where whole source voxels cover the target from its first voxel on.
+
+    Raises:
+        SceneError: It is no whole number, not the same along both axes, or the lattices are shifted. The message names no file.
+    """
+    if all(axis.coincides for axis in axes):
+        return 1
+    steps = [round(1 / axis.scale) for axis in axes]
+    drifts = [abs(axis.scale * step - 1) * axis.size for axis, step in zip(axes, steps, strict=True)]
+    starts = [axis.offset + 0.5 - axis.scale / 2 for axis in axes]
+    shifts = [abs(start - round(start)) for start in starts]
+    if steps[0] != steps[1] or steps[0] < 1 or max(*drifts, *shifts) > ALIGNED:
+        sizes = " × ".join(f"{1 / axis.scale:.6g}" for axis in axes)
+        raise SceneError(
+            f"its pixels cannot be kept as they are: one covers {sizes} of the scene's, which begin at its row {starts[0]:.6g} and column "
+            f"{starts[1]:.6g}; resampling=native wants whole numbers, alike along both axes. Use resampling=bilinear"
+        )
+    return steps[0]
+
+
+def repeated(
+    values: NDArray[np.generic], flags: NDArray[np.uint8], axes: tuple[AxisMap, AxisMap], window: Window
+) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+    """Values and flags of the target's `window`, each target voxel having those of the source voxel that its centre lies on.
+
+    The arguments are those of `bilinear`. Where there is no source voxel, the flag is `OUTSIDE` and the value that of the nearest.
+    """
+    if all(axis.runs_beside(part) for axis, part in zip(axes, window, strict=True)):
+        return values, flags
+    rows, columns, outside = nearest(axes, window)
+    row_start, column_start = (axis.needed(part).start for axis, part in zip(axes, window, strict=True))
+    near = np.ix_(rows - row_start, columns - column_start)
+    return values[near], np.where(outside, np.uint8(Quality.OUTSIDE), flags[near])

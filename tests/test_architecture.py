@@ -45,7 +45,7 @@ HOMES = {
         "pipelines/benchmark_ceiling.py",
     ],
     "pydicom": ["modalities/dicom.py"],
-    "scipy": ["modalities/nifti.py", "modalities/intensity.py", "modalities/spacing.py"],
+    "scipy": ["modalities/class_band.py", "modalities/nifti.py", "modalities/intensity.py", "modalities/spacing.py"],
     "dask": ["pipelines/preparation_workers.py"],
     "distributed": ["pipelines/preparation_workers.py", "pipelines/slurm_jobs.py"],
     "dask_jobqueue": ["pipelines/slurm_jobs.py"],
