@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,7 +33,7 @@ class Context:
     """Facts of a batch's samples; NaN where one is not known.
 
     Attributes:
-        day_of_year: 1 to 366.
+        day_of_year: 1 to 366, in UTC.
         year: Such as 2021.
         latitude, longitude: Degrees.
         resolution: Distance between voxels along each axis, in metres or millimetres, as the embedding is told it.
@@ -51,6 +56,37 @@ def only_spacing(spacing: Float[Tensor, "batch axis"]) -> Context:
     """A context of which nothing but the distance between voxels is known."""
     unknown = torch.full_like(spacing[:, 0], torch.nan)
     return Context(unknown, unknown, unknown, unknown, spacing, spacing)
+
+
+def days_and_years(times: Sequence[str]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Day of the year and year of times in ISO 8601, UTC where they do not say; NaN for those that are empty.
+
+    Raises:
+        ValueError: A time is none.
+    """
+    pairs = torch.tensor([day_and_year(time) for time in times], dtype=torch.float32).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+@lru_cache(maxsize=1 << 16)
+def day_and_year(time: str) -> tuple[float, float]:
+    """Day of the year and year of one time."""
+    if not time:
+        return float("nan"), float("nan")
+    try:
+        moment = datetime.fromisoformat(time)
+    except ValueError as error:
+        raise ValueError(f"{time!r} is no time in ISO 8601, such as 2020-02-23T03:27:39Z") from error
+    moment = moment.astimezone(UTC) if moment.tzinfo else moment
+    return float(moment.timetuple().tm_yday), float(moment.year)
+
+
+def metres_per_degree(latitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Metres on the ground of a degree of longitude and of one of latitude, `(…, 2)`, on the ellipsoid of WGS 84."""
+    north = np.deg2rad(latitude)
+    shape = 1 - 6.694379990141e-3 * np.sin(north) ** 2
+    east = 6_378_137.0 / np.sqrt(shape) * np.cos(north)
+    return np.deg2rad(np.stack([east, 6_378_137.0 * (1 - 6.694379990141e-3) / shape**1.5], axis=-1))
 
 
 def dropped(context: Context, settings: ContextSettings, seed: int, sample: Sample) -> Context:

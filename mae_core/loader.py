@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mae_core.augment import RawBatch
-from mae_core.context import only_spacing
+from mae_core.context import Context, days_and_years, metres_per_degree
 from mae_core.masking import STREAM_ORDER, STREAM_WINDOW, Sample, counter_bits
 from mae_core.memory import recycled
 from mae_core.parallel import Parallel
@@ -46,6 +46,13 @@ class LoaderSettings(Settings):
     max_damaged_tiles: int = Field(
         0, ge=0, description="Tiles that may turn out damaged before the run stops; they are named, counted and fed as wholly invalid"
     )
+
+
+UNMEASURED = ("index", "")
+"""Units of lattices of which nobody said how far apart their voxels are."""
+
+METRES = {"kilometre": 1000.0, "foot": 0.3048, "US survey foot": 1200 / 3937}
+"""Units of world coordinates that are neither metres nor millimetres, by the names that a CRS gives them."""
 
 
 class LoaderError(ValueError):
@@ -305,7 +312,7 @@ def unpack_rows(store: TileStore, rows: NDArray[np.int64], sample: Sample, packe
         offset=torch.from_numpy(index.offset[rows].astype(np.float32)),
         extent=torch.from_numpy(index.extent[rows]),
         sample=sample,
-        context=only_spacing(torch.from_numpy(spacings(store, rows))),
+        context=context_of(store, rows),
         complete=whole and bool(present.all()) and not out["quality"].any(),
         place=torch.from_numpy(places) if shared else None,
     )
@@ -323,11 +330,31 @@ def _room(store: TileStore, num_tiles: int, *, pinned: bool) -> dict[str, Tensor
     return room
 
 
+def context_of(store: TileStore, rows: NDArray[np.int64]) -> Context:
+    """What the index knows of some tiles besides their voxels; NaN for what it does not know. A series is told by its first date."""
+    index, spacing = store.index, torch.from_numpy(spacings(store, rows))
+    known = torch.from_numpy(np.array([unit not in UNMEASURED for unit in index.unit[rows]]))
+    day, year = days_and_years(index.time[rows].tolist())
+    latitude, longitude = (torch.from_numpy(column[rows].astype(np.float32)) for column in (index.latitude, index.longitude))
+    return Context(day, year, latitude, longitude, torch.where(known[:, None], spacing, torch.nan), spacing)
+
+
 def spacings(store: TileStore, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Distance between voxels along each axis of some tiles, in the store's unit, `(row, axis)`."""
+    """Distance between voxels along each axis of some tiles, `(row, axis)`: in mm for volumes, else in metres on the ground.
+
+    Steps in degrees become metres at the tile's own latitude. Where nothing is known, a voxel is one voxel long.
+    """
     axes = len(store.space)
     matrices = store.index.affine[rows].reshape(-1, axes + 1, axes + 1)
-    steps: NDArray[np.float32] = np.linalg.norm(matrices[:, :axes, :axes], axis=1).astype(np.float32)
+    units = store.index.unit[rows].astype(str)
+    linear = matrices[:, :axes, :axes].copy()
+    degrees = units == "degree"
+    if degrees.any():
+        middle = (store.index.extent[rows][degrees] - 1) / 2
+        places = np.einsum("tij,tj->ti", linear[degrees], middle) + matrices[degrees, :axes, axes]
+        linear[degrees, axes - 2 :] *= metres_per_degree(places[:, -1])[:, :, None]
+    factors = np.array([METRES.get(unit, 1.0) for unit in units])
+    steps: NDArray[np.float32] = (np.linalg.norm(linear, axis=1) * factors[:, None]).astype(np.float32)
     return steps
 
 

@@ -23,6 +23,8 @@ from mae_core.store_files import LocalFiles, StoreFiles, digest_of
 FORMAT = "terravox-tiles"
 FORMAT_VERSION = 1
 Verify = Literal["checksums", "sizes"]
+UNKNOWN: dict[str, Any] = {"cloud_fraction": np.nan, "time": "", "times": (), "latitude": np.nan, "longitude": np.nan}
+"""Columns of the index that older stores lack, and what stands in them where a fact is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,10 @@ class TileIndex:
         affine: `(row, (axes + 1)²)`: the tile's own index-to-world matrix, row by row.
         frame, unit: What world coordinates mean.
         valid_fraction: Share of voxels of the extent that count.
+        cloud_fraction: Share of voxels of the extent under a cloud or its border; NaN where nobody looked.
+        time: When it was acquired, ISO 8601 in UTC, of a series its first date; empty where it is not known.
+        times: Of a series, the time of each index of the first axis, as a tuple; else empty.
+        latitude, longitude: Of the middle of the extent, in degrees on WGS 84; NaN where it has no place.
         present, scale, offset: `(row, channel)`.
     """
 
@@ -51,6 +57,11 @@ class TileIndex:
     frame: Shaped[np.ndarray, " row"]
     unit: Shaped[np.ndarray, " row"]
     valid_fraction: Float64[np.ndarray, " row"]
+    cloud_fraction: Float64[np.ndarray, " row"]
+    time: Shaped[np.ndarray, " row"]
+    times: Shaped[np.ndarray, " row"]
+    latitude: Float64[np.ndarray, " row"]
+    longitude: Float64[np.ndarray, " row"]
     present: Bool[np.ndarray, " row channel"]
     scale: Float64[np.ndarray, " row channel"]
     offset: Float64[np.ndarray, " row channel"]
@@ -221,13 +232,22 @@ def _read_index(files: StoreFiles, shape: tuple[int, ...]) -> TileIndex:
     from pyarrow import parquet
 
     table = parquet.read_table(io.BytesIO(files.read("index.parquet")), use_threads=False)
+    older = set(UNKNOWN) - set(table.column_names)
 
     def text(name: str) -> NDArray[Any]:
         column = table[name].combine_chunks().dictionary_encode()  # few names, of which some are long: each is held once
         names: NDArray[Any] = np.array(column.dictionary.to_pylist(), dtype=object)[column.indices.to_numpy()]
         return names
 
+    def tuples(name: str) -> NDArray[Any]:
+        rows: NDArray[Any] = np.empty(table.num_rows, dtype=object)
+        known: dict[tuple[str, ...], tuple[str, ...]] = {}  # the tiles of a scene share theirs
+        rows[:] = [()] * len(rows) if name in older else [known.setdefault(tuple(row), tuple(row)) for row in table[name].to_pylist()]
+        return rows
+
     def plain(name: str, dtype: type) -> NDArray[Any]:
+        if name in older:
+            return np.full(table.num_rows, UNKNOWN[name], dtype)
         return np.asarray(table[name].to_numpy(), dtype=dtype)
 
     def lists(name: str, dtype: type) -> NDArray[Any]:
@@ -246,6 +266,11 @@ def _read_index(files: StoreFiles, shape: tuple[int, ...]) -> TileIndex:
         frame=text("frame"),
         unit=text("unit"),
         valid_fraction=plain("valid_fraction", np.float64),
+        cloud_fraction=plain("cloud_fraction", np.float64),
+        time=np.full(table.num_rows, "", dtype=object) if "time" in older else text("time"),
+        times=tuples("times"),
+        latitude=plain("latitude", np.float64),
+        longitude=plain("longitude", np.float64),
         present=lists("present", np.bool_),
         scale=lists("scale", np.float64),
         offset=lists("offset", np.float64),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from mae_core.chunks import Compression, crc32c, default_codec
 from mae_core.shards import DTYPES, NO_CHUNK, ShardedArray
-from mae_core.store_folder import FORMAT, FORMAT_VERSION, sha256_of, store_digest
+from mae_core.store_folder import FORMAT, FORMAT_VERSION, UNKNOWN, sha256_of, store_digest
 
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; what still has it after a kill is rubbish."""
@@ -233,7 +233,7 @@ def finish(
         store: Folder whose shards are all written; it may hold a finished store that has fewer of them.
         layout: What the shards were written by.
         attributes: Of the group; `kind`, `channels` and `no_value` are read back by `TileStore`.
-        rows: One per tile, by rising tile id, with the columns of `mae_core.store.TileIndex`.
+        rows: One per tile, by rising tile id, with the columns of `mae_core.store.TileIndex`; those of `UNKNOWN` may be left out.
         statistics: What `merge_moments` gives.
         shards: Bytes and sha256 by path of every shard file.
         manifest: What else the manifest says; `tiles.accepted` is checked on opening.
@@ -337,12 +337,15 @@ def _write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             *((name, pa.list_(whole)) for name in ("origin", "extent", "owned")),
             ("affine", pa.list_(real)),
             *((name, pa.string()) for name in ("frame", "unit")),
-            ("valid_fraction", real),
+            *((name, real) for name in ("valid_fraction", "cloud_fraction", "latitude", "longitude")),
+            ("time", pa.string()),
+            ("times", pa.list_(pa.string())),
             ("present", pa.list_(pa.bool_())),
             *((name, pa.list_(real)) for name in ("scale", "offset")),
         ]
     )
-    table = pa.table({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+    columns = {name: [row.get(name, UNKNOWN[name]) if name in UNKNOWN else row[name] for row in rows] for name in schema.names}
+    table = pa.table(columns, schema=schema)
     with writing(path) as stream:
         parquet.write_table(table, stream, compression="zstd")
 

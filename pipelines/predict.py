@@ -16,6 +16,7 @@ from mae_core.segmentation import Labeller
 from mae_core.settings import Settings, to_plain
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
+from modalities.ground import metres_apart
 from modalities.scene import Scene, SceneError, fingerprint
 from pipelines.command_line import run
 from pipelines.prepare import tell_catalogue
@@ -121,7 +122,7 @@ def label_scene(labeller: Labeller, scene: Scene, place: Path) -> dict[str, int]
     scale = [channel.scale for channel in scene.channels]
     offset = [channel.offset for channel in scene.channels]
     names = [channel.name for channel in scene.channels]
-    labels = labeller.label(scene.read, scene.grid.space, scene.grid.spacing, names, scale, offset)
+    labels = labeller.label(scene.read, scene.grid.space, metres_apart(scene.grid), names, scale, offset)
     scene.write_labels(place, labels, labeller.no_label)
     known = dict(labeller.description.classes)
     values, numbers = np.unique(labels, return_counts=True)

@@ -23,7 +23,7 @@ from pipelines.preparation_forecast import Forecast, forecast, refuse_full_disk
 from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, failures, finish_store, refuse_failed, report_of
 from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
-from pipelines.shard_task import Record, ShardTask, finished_record, run_task
+from pipelines.shard_task import Keep, Record, ShardTask, finished_record, run_task
 from pipelines.tiling_plan import PreparationError, SplitSettings
 
 __all__ = ["PreparationError", "PreparationReport", "PrepareSettings", "prepare"]
@@ -38,6 +38,9 @@ class PrepareSettings(Settings):
     tiles_per_shard: int = Field(32, ge=1, description="Tiles in one file at most")
     compression: Compression = Field("fast", description="fast: what unpacks fastest; small: packed tighter, unpacked more slowly")
     min_valid_fraction: float = Field(0.25, ge=0, le=1, description="Tiles with a smaller share of counted voxels are thrown away")
+    max_cloud_fraction: float = Field(
+        1.0, ge=0, le=1, description="Tiles with a larger share of voxels under a cloud, its shadow or its border are thrown away"
+    )
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
     split: SplitSettings = SplitSettings()
     num_workers: int = Field(
@@ -119,7 +122,7 @@ def _write_shards(
     records: dict[int, Record] = {}
     failed: dict[str, str] = {}
     todo: list[ShardTask] = []
-    for task in plan.tasks(out, settings.min_valid_fraction):
+    for task in plan.tasks(out, Keep(settings.min_valid_fraction, settings.max_cloud_fraction)):
         found = {shard: record for shard in task.shards if (record := finished_record(task, shard))}
         records |= found
         if len(found) < len(task.shards):

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
-from pipelines.shard_task import ShardTask, Stamps, shard_tasks, stamps_of
+from pipelines.shard_task import Keep, ShardTask, Stamps, shard_tasks, stamps_of
 from pipelines.tiling_plan import (
     PlannedTile,
     PreparationError,
@@ -53,6 +54,11 @@ class TilingSettings(Protocol):
     @property
     def min_valid_fraction(self) -> float:
         """Share of counted voxels below which a tile is thrown away."""
+        ...
+
+    @property
+    def max_cloud_fraction(self) -> float:
+        """Share of voxels under clouds above which a tile is thrown away."""
         ...
 
     @property
@@ -101,9 +107,9 @@ class PreparationPlan:
             self.layout.tile
         )
 
-    def tasks(self, store: Path, min_valid_fraction: float) -> Iterator[ShardTask]:
+    def tasks(self, store: Path, keep: Keep) -> Iterator[ShardTask]:
         """Tasks that own whole shards; together they own each once."""
-        template = ShardTask(store, self.layout, self.digest, (), {}, {}, dict(enumerate(self.stamps)), min_valid_fraction)
+        template = ShardTask(store, self.layout, self.digest, (), {}, {}, dict(enumerate(self.stamps)), keep)
         return shard_tasks(template, self.tiles, self.scenes, self.labels)
 
 
@@ -132,7 +138,8 @@ def make_plan(
             "tiles_per_shard": settings.tiles_per_shard,
             "compression": settings.compression,
             "min_valid_fraction": settings.min_valid_fraction,
-            "split": settings.split.model_dump(),
+            **({"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}),
+            "split": settings.split.document(),
         },
         "channels": [asdict(channel) for channel in _channels(scenes)],
         "dtype": _dtype(scenes),
@@ -157,7 +164,8 @@ def make_plan(
         places = of_scene[number]
         cut = scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges
         ids = {"group": groups[number], "regions": _digest(cut), "first_tile": places[0].tile, "num_tiles": len(places)}
-        document["scenes"].append({**entries[scene.name], **ids})
+        times = {"times": list(scene.times)} if scene.times else {}
+        document["scenes"].append({**entries[scene.name], **ids, **times})
     frame = scenes[0].grid.frame if scenes else ""
     axes = attributes.get("axes") or (("x", "y", "z") if frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
     layout = StoreLayout(
@@ -245,13 +253,33 @@ def _entry(scene: Scene, labels: LabelMap | None, tile: tuple[int, ...]) -> dict
         "name": scene.name,
         "files": _of_files(_fingerprint, scene),
         "grid": _digest(_grid(scene.grid)),
-        "channels": _digest([asdict(channel) for channel in scene.channels]),
+        "channels": _digest([_described(channel) for channel in scene.channels]),
         "labels": None if labels is None else _label_digest(scene, labels, tile),
     }
 
 
+def _described(channel: Channel) -> dict[str, Any]:
+    """A channel's facts; those that came later are left out where they say nothing, so that stores from before them can still grow."""
+    later = {"unit": "", "level": "", "footprint": 1}
+    return {key: value for key, value in asdict(channel).items() if key not in later or value != later[key]}
+
+
+def _refuse_times(scenes: Sequence[Scene]) -> None:
+    """Stops where a scene's times are none, or not one per index."""
+    for scene in scenes:
+        dates = scene.grid.space[0]
+        if len(scene.times) not in (0, 1, dates):
+            raise PreparationError(
+                f"scene {scene.name} has {len(scene.times)} times for {dates} places on its first axis; give one per date, or none"
+            )
+        try:
+            [datetime.fromisoformat(time) for time in scene.times]
+        except ValueError as error:
+            raise PreparationError(f"scene {scene.name}: {error}; a time is in ISO 8601, such as 2020-02-23T03:27:39Z") from error
+
+
 def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[str, LabelMap]:
-    """Label maps by name of their scene, after a look at the names."""
+    """Label maps by name of their scene, after a look at the names and times."""
     if not scenes:
         raise PreparationError("there is no scene to prepare")
     repeated = [name for name, count in Counter(scene.name for scene in scenes).items() if count > 1]
@@ -260,6 +288,7 @@ def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[s
     strangers = sorted(labels.keys() - {scene.name for scene in scenes})
     if strangers:
         raise PreparationError(f"there are labels for {strangers[0]}, which is no scene that is prepared")
+    _refuse_times(scenes)
     return labels
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.store_writer import finish, merge_moments
+from modalities.ground import centres
 from modalities.quality import NO_VALUE, Quality
 from pipelines.preparation_extension import OVERLAPS, Growth, divide_new, listed
 from pipelines.preparation_plan import PreparationPlan
@@ -108,7 +109,7 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
     discarded = Counter({UNREADABLE: failed.total()} if failed else {})
     for record in records:
         discarded.update(record["discarded"])
-    rows = _with_groups(plan, rows)
+    rows = with_place(_with_groups(plan, rows))
     if plan.earlier is None or plan.grown is None:
         rows, dropped = _divide(plan, rows, discarded)
     else:
@@ -176,6 +177,14 @@ def report_of(out: Path, manifest: Mapping[str, Any], *, seconds: float, grown: 
         gone=() if grown is None else grown.gone,
         notes=tuple(manifest["notes"]),
     )
+
+
+def with_place(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `latitude` and `longitude`."""
+    places = centres([row["frame"] for row in rows], [row["affine"] for row in rows], [row["extent"] for row in rows])
+    return [
+        {**row, "latitude": float(latitude), "longitude": float(longitude)} for row, latitude, longitude in zip(rows, *places, strict=True)
+    ]
 
 
 def _with_groups(plan: PreparationPlan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
 from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, PerceptualLoss, Pretraining, fit_basis
 from mae_core.export import Description, ModelError, load_encoder, save_model
-from mae_core.loader import LoaderError, LoaderSettings, Stream
+from mae_core.loader import LoaderError, LoaderSettings, Stream, spacings
 from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
 from mae_core.nd import margins, per_axis, token_grid
@@ -234,7 +234,7 @@ def _finish(store: TileStore, out: Path, recipe: PretrainRecipe, model: MaskedAu
         no_value=store.no_value,
         crop=recipe.crop,
         spacing=tuple(float(value) for value in spacing(store)),
-        spacing_unit=str(store.index.unit[0]),
+        spacing_unit="m" if store.index.unit[0] == "degree" else str(store.index.unit[0]),
         encoder=recipe.model.encoder,
         reader=store.attributes["reader"],
         lineage=lineage,
@@ -259,10 +259,8 @@ def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment:
 
 
 def spacing(store: TileStore) -> NDArray[np.float64]:
-    """Distance between voxels along each axis of the first tile, in the store's unit."""
-    axes = len(store.space)
-    matrix = store.index.affine[0].reshape(axes + 1, axes + 1)
-    steps: NDArray[np.float64] = np.linalg.norm(matrix[:axes, :axes], axis=0)
+    """Distance between voxels along each axis of the first tile: in mm for volumes, else in metres."""
+    steps: NDArray[np.float64] = spacings(store, np.zeros(1, np.int64))[0].astype(np.float64)
     return steps
 
 

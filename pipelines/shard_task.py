@@ -22,6 +22,8 @@ from modalities.scene import LabelMap, Scene, SceneError
 from pipelines.tiling_plan import PlannedTile, PreparationError, tile_grid
 
 TOO_LITTLE = "too little valid data"
+TOO_CLOUDY = "too cloudy"
+CLOUDED = int(Quality.CLOUD | Quality.EXCLUDED)
 NO_LABEL = "no label"
 EXACT = 2**53
 """Whole numbers up to this are float64 without rounding, so their sums are the same in whatever order they are added, and quick."""
@@ -36,6 +38,19 @@ Stamps = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Which tiles are kept, by shares of their real voxels.
+
+    Attributes:
+        min_valid_fraction: That count.
+        max_cloud_fraction: Under a cloud, its shadow or its border.
+    """
+
+    min_valid_fraction: float
+    max_cloud_fraction: float = 1.0
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """All that is needed to write whole shards, on any machine that sees the files and the store's folder.
 
@@ -46,7 +61,7 @@ class ShardTask:
         tiles: Candidate tiles of the shards, by rising id: of one region, or of all small ones that are packed into one shard.
         scenes, labels: Those that the tiles are of, by position in the plan; a scene may have no labels.
         stamps: What the files of each scene were like when the plan was made.
-        min_valid_fraction: A tile with a smaller share of counted voxels is thrown away.
+        keep: Which tiles are thrown away.
     """
 
     store: Path
@@ -56,7 +71,7 @@ class ShardTask:
     scenes: Mapping[int, Scene]
     labels: Mapping[int, LabelMap]
     stamps: Mapping[int, Stamps]
-    min_valid_fraction: float
+    keep: Keep
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -202,11 +217,14 @@ def write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: Shar
     if numbers is not None:
         labels, ignore = _class_numbers(numbers, scene.name), NO_VALUE
     fraction = float(np.count_nonzero((quality & ignore) == 0)) / prod(planned.extent)
-    if fraction < task.min_valid_fraction:
+    cloudy = float(np.count_nonzero(quality & CLOUDED)) / prod(planned.extent)
+    if cloudy > task.keep.max_cloud_fraction:
+        raise Refused(TOO_CLOUDY)
+    if fraction < task.keep.min_valid_fraction:
         raise Refused(TOO_LITTLE)
     if planned.scene in task.labels and labels is not None and not (labels >= 0).any():
         raise Refused(NO_LABEL)
-    row = _row(scene, planned, layout) | {"valid_fraction": fraction, "classes": _classes(labels)}
+    row = _row(scene, planned, layout) | {"valid_fraction": fraction, "cloud_fraction": cloudy, "classes": _classes(labels)}
     pixels = np.zeros((len(layout.channels), *layout.tile), layout.dtype)
     inside = tuple(slice(0, size) for size in planned.extent)
     for place, channel in enumerate(scene.channels):
@@ -226,6 +244,7 @@ def write_tile(task: ShardTask, planned: PlannedTile, read: Reader, writer: Shar
 def _row(scene: Scene, planned: PlannedTile, layout: StoreLayout) -> dict[str, Any]:
     by_name = {channel.name: channel for channel in scene.channels}
     grid = tile_grid(scene, planned)
+    times = scene.times[planned.window[0]] if len(scene.times) > 1 else scene.times
     return {
         "tile": planned.tile,
         "scene": scene.name,
@@ -235,6 +254,8 @@ def _row(scene: Scene, planned: PlannedTile, layout: StoreLayout) -> dict[str, A
         "affine": [float(value) for value in grid.matrix.ravel()],
         "frame": grid.frame,
         "unit": grid.unit,
+        "time": times[0] if times else "",
+        "times": list(times) if len(scene.times) > 1 else [],
         "present": [name in by_name for name in layout.channels],
         "scale": [by_name[name].scale if name in by_name else 1.0 for name in layout.channels],
         "offset": [by_name[name].offset if name in by_name else 0.0 for name in layout.channels],

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mae_core.settings import Settings
 from modalities.grid import Grid, Window
@@ -29,10 +29,47 @@ class PreparationError(RuntimeError):
 class SplitSettings(Settings):
     """How tiles are held out: whole groups, or blocks of neighbouring tiles for few big scenes."""
 
-    unit: Literal["scene", "block"] = Field("scene", description="What is not divided: a scene's group (patient, place), or a block of it")
+    unit: Literal["scene", "block", "ground"] = Field(
+        "scene",
+        description="What is not divided: a scene's group (patient, place), a block of it, or a square on the ground with all scenes in it",
+    )
     val_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the tiles that is held out at least; 0 holds out nothing")
     block_tiles: int = Field(4, ge=1, description="Side of a block in tiles, for unit=block")
+    block_km: float = Field(10.0, gt=0, le=2000, description="Side of a square on the ground, for unit=ground")
+    buffer_m: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Metres on the ground that lie between training and held-out tiles at least; nearer ones are left out",
+    )
+    regions: dict[str, tuple[float, float, float, float] | tuple[str, ...]] = Field(
+        {},
+        description="Held out whole as the side `test`, by a name of their own: [west, south, east, north] in degrees, or globs of "
+        "scenes' names",
+    )
     seed: int = Field(0, description="Draws which groups are held out")
+
+    @field_validator("regions")
+    @classmethod
+    def _boxes(cls, regions: dict[str, Any]) -> dict[str, Any]:
+        for name, region in regions.items():
+            if not region or not name.strip():
+                raise ValueError(f"region {name!r} is empty; give [west, south, east, north] or globs of scenes' names")
+            if isinstance(region[0], str):
+                continue
+            west, south, east, north = region
+            if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south < north <= 90) or west == east:
+                raise ValueError(
+                    f"region {name} is {list(region)}; give [west, south, east, north] in degrees, south below north "
+                    "(west may lie east of east, where a box crosses the date line)"
+                )
+        return regions
+
+    def document(self) -> dict[str, Any]:
+        """The settings for a plan; what came later is left out at its default, so that stores from before it can still grow."""
+        later = {"block_km", "buffer_m", "regions"}
+        found = self.model_dump(mode="json")
+        return {key: value for key, value in found.items() if key not in later or value != type(self).model_fields[key].default}
 
 
 @dataclass(frozen=True)

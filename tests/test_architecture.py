@@ -27,6 +27,7 @@ ROWS = {
 }
 HOMES = {
     "rasterio": [
+        "modalities/ground.py",
         "modalities/raster.py",
         "modalities/raster_file.py",
         "modalities/place.py",

@@ -36,7 +36,8 @@ def grown(folder: Path) -> tuple[Scenes, Scenes]:
 
 
 def columns(store: TileStore, rows: slice) -> dict[str, Any]:
-    return {name: values[rows].tolist() for name, values in vars(store.index).items()}
+    columns = {name: values[rows] for name, values in vars(store.index).items()}
+    return {name: (np.nan_to_num(values, nan=-999) if values.dtype.kind == "f" else values).tolist() for name, values in columns.items()}
 
 
 def test_what_is_there_stays_and_what_is_new_is_added(tmp_path: Path) -> None:
