@@ -26,7 +26,7 @@ from mae_core.masking import (
     counter_bits,
     counter_share,
 )
-from mae_core.nd import per_channel
+from mae_core.nd import block_of, per_channel
 from mae_core.settings import Settings
 
 _SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -118,6 +118,10 @@ class Normaliser:
         no_value: Quality bits under which a stored value means nothing.
         seed: Of crops and flips.
         augment: What is drawn; None gives the crop at the centre of the real data, unturned.
+        footprint: Voxels of the last two axes that crops begin at a multiple of, so that no measurement of a coarse channel is cut.
+
+    Raises:
+        ValueError: Crops would cut measurements, or windows are to be resized where a measurement fills several voxels.
     """
 
     crop: tuple[int, ...]
@@ -126,6 +130,23 @@ class Normaliser:
     no_value: int
     seed: int
     augment: AugmentSettings | None
+    footprint: int = 1
+
+    def __post_init__(self) -> None:
+        if any(size % part for size, part in zip(self.crop, self.block, strict=True)):
+            raise ValueError(
+                f"crop {self.crop} cuts measurements of {self.footprint} voxels; on the last two axes give a multiple of {self.footprint}"
+            )
+        if self.footprint > 1 and self.augment is not None and self.augment.resized_crop is not None:
+            raise ValueError(
+                "augment.resized_crop would mix neighbouring measurements of channels that are kept at their native resolution; leave it "
+                "out, or prepare all channels at one resolution"
+            )
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Voxels per axis that crops begin at a multiple of."""
+        return block_of(len(self.crop), self.footprint)
 
     @property
     def plain(self) -> Normaliser:
@@ -157,13 +178,14 @@ class Normaliser:
         return Batch(torch.where(keep, pixels, 0.0), quality, labels, present, raw.sample, context, complete)
 
     def origins(self, raw: RawBatch, zoom: Tensor | None = None) -> Tensor:
-        """First voxel of each crop `(batch, axis)`: anywhere that keeps the crop on real data as far as it reaches."""
+        """First voxel of each crop `(batch, axis)`: anywhere that keeps it on real data as far as it reaches, and measurements whole."""
         size = torch.tensor(self.crop)
         window = size if zoom is None else (size * zoom[:, None]).ceil().long()
-        room = (raw.extent - window).clamp(min=0)
+        block = torch.tensor(self.block)
+        room = (raw.extent - window).clamp(min=0) // block
         if self.augment is None:
-            return room // 2
-        return counter_below(room + 1, self.seed, STREAM_CROP, *raw.sample.words(room.device), torch.arange(len(self.crop)))
+            return room // 2 * block
+        return counter_below(room + 1, self.seed, STREAM_CROP, *raw.sample.words(room.device), torch.arange(len(self.crop))) * block
 
     def zoom(self, raw: RawBatch) -> Float[Tensor, " batch"] | None:
         """Side of each sample's window over that of the crop, or None where windows are not resized."""

@@ -67,6 +67,7 @@ class DecoderFrame:
         positions: How tokens are told their place.
         num_groups: Channel groups.
         head: Channels and features per channel of a prediction.
+        elements: Which of these are predicted, counted over channels, then features; the others come out zero. Empty: all.
     """
 
     preset: str
@@ -75,6 +76,25 @@ class DecoderFrame:
     positions: PositionSettings
     num_groups: int
     head: tuple[int, int]
+    elements: tuple[int, ...] = ()
+
+
+class Spread(nn.Module):
+    """Brings what a head gives to `(batch, token, channel, feature)`, zero where nothing is predicted. Has no weights."""
+
+    def __init__(self, shape: tuple[int, int], elements: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = shape
+        if elements:
+            self.register_buffer("elements", torch.tensor(elements), persistent=False)
+        self.is_whole = not elements
+
+    def forward(self, predicted: Float[Tensor, "batch token element"]) -> Float[Tensor, "batch token channel feature"]:
+        """The same numbers in their places."""
+        if not self.is_whole:
+            empty = predicted.new_zeros(*predicted.shape[:2], math.prod(self.shape))
+            predicted = empty.index_copy(2, self.get_buffer("elements"), predicted)
+        return predicted.reshape(*predicted.shape[:2], *self.shape)
 
 
 class Decoder(nn.Module):
@@ -88,10 +108,11 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads, frame.mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, math.prod(frame.head))
+        self.head = nn.Linear(width, len(frame.elements) or math.prod(frame.head))
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)
         self.places = Places(frame.positions, frame.num_groups, width)
+        self.spread = Spread(frame.head, frame.elements)
 
     def chosen(self, plan: HidingPlan) -> HidingPlan:
         """The plan as it is: every hidden token is predicted."""
@@ -117,8 +138,8 @@ class Decoder(nn.Module):
         used = None if plan.full else attended(torch.cat([plan.visible_used, plan.hidden_used], dim=1), num_prefix)
         for block in self.blocks:
             tokens = block(tokens, used)
-        predicted: Tensor = self.head(self.norm(tokens[:, num_prefix + num_visible :]))
-        return predicted.reshape(*predicted.shape[:2], *self.shape)
+        predicted: Tensor = self.spread(self.head(self.norm(tokens[:, num_prefix + num_visible :])))
+        return predicted
 
 
 class CrossBlock(nn.Module):
@@ -155,10 +176,11 @@ class CrossDecoder(nn.Module):
         self.blocks = nn.ModuleList(CrossBlock(width, heads, frame.mlp_ratio) for _ in range(depth))
         self.seen_norm = nn.LayerNorm(width, eps=1e-6)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, math.prod(frame.head))
+        self.head = nn.Linear(width, len(frame.elements) or math.prod(frame.head))
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)
         self.places = Places(frame.positions, frame.num_groups, width)
+        self.spread = Spread(frame.head, frame.elements)
 
     def chosen(self, plan: HidingPlan) -> HidingPlan:
         """The plan with the first hidden slots only, which hold a random share; in evaluation all of them."""
@@ -179,5 +201,5 @@ class CrossDecoder(nn.Module):
         tokens = self.mask_token + self.places(plan.hidden, grid, size)
         for block in self.blocks:
             tokens = block(tokens, seen, used)
-        predicted: Tensor = self.head(self.norm(tokens))
-        return predicted.reshape(*predicted.shape[:2], *self.shape)
+        predicted: Tensor = self.spread(self.head(self.norm(tokens)))
+        return predicted

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_core.decoders import CrossDecoder
 from mae_core.mae import MaskedAutoencoder
 from mae_core.masking import num_kept, num_predicted
+from mae_core.nd import block_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def products(model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) 
     kept = num_kept(tokens, mask_ratio)
     hidden, prefix = tokens - kept, encoder.num_prefix
     seen = kept + prefix
-    voxels = len(encoder.channels) * math.prod(encoder.settings.patch)
+    patch = encoder.settings.patch
+    voxels = sum(math.prod(patch) // math.prod(block_of(len(patch), footprint)) for footprint in encoder.footprints)
     width, outer = decoder.embed.out_features, decoder.head.out_features
     found = [Product("embed.patches", kept, voxels, encoder.settings.width)]
     found += block_products("encoder", seen, encoder.settings.width, encoder.blocks)

@@ -19,7 +19,8 @@ from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.errors import ErrorSettings, elementwise_error
 from mae_core.hog import oriented_gradients
 from mae_core.masking import HidingPlan, num_kept, num_predicted
-from mae_core.nd import TokenLayout, per_channel, token_valid
+from mae_core.native import group_tokens_valid, measured_elements
+from mae_core.nd import TokenLayout, token_valid
 from mae_core.settings import Settings, default_kind
 from mae_core.targets import (
     HogTarget,
@@ -124,7 +125,7 @@ class MaskedAutoencoder(nn.Module):
 
     def target(self, layout: TokenLayout, pixels: Tensor, counted: Tensor, present: Tensor, ids: Tensor, used: Tensor) -> Target:
         """The target of any tokens, hidden or not; slots that are not used count nothing."""
-        voxels = per_channel(counted, present)
+        voxels = layout.measured(counted, present)
         if isinstance(self.settings.target, HogTarget):
             patches, known = oriented_gradients(pixels, voxels, layout.patch, self.settings.target)
         else:
@@ -152,10 +153,15 @@ class MaskedAutoencoder(nn.Module):
 def build_decoder(settings: ModelSettings, encoder: AnyEncoder) -> Decoder | CrossDecoder:
     """The decoder that is set, to fit an encoder."""
     own = settings.encoder
-    if isinstance(settings.target, HogTarget | PcaTarget) and (own.step != own.patch or len(encoder.groups) > 1):
-        raise ValueError(f"target.kind={settings.target.kind} needs patches that do not overlap and one channel group")
+    coarse = any(footprint > 1 for footprint in encoder.footprints)
+    if isinstance(settings.target, HogTarget | PcaTarget) and (own.step != own.patch or len(encoder.groups) > 1 or coarse):
+        raise ValueError(
+            f"target.kind={settings.target.kind} needs patches that do not overlap, one channel group and a measurement in every voxel; "
+            "take target.kind=normalised_pixels or pixels, or prepare all channels on one grid"
+        )
     head = target_shape(settings.target, len(encoder.channels), own.patch)
-    frame = DecoderFrame(own.preset, own.width, own.mlp_ratio, own.positions, len(encoder.groups), head)
+    elements = measured_elements(own.patch, encoder.footprints) if coarse else ()
+    frame = DecoderFrame(own.preset, own.width, own.mlp_ratio, own.positions, len(encoder.groups), head, elements)
     match settings.decoder:
         case DecoderSettings():
             return Decoder(settings.decoder, frame)
@@ -180,9 +186,9 @@ def hidden_counted(
     layout: TokenLayout, counted: Bool[Tensor, "batch *space"], present: Bool[Tensor, "batch channel"], plan: HidingPlan
 ) -> Bool[Tensor, "batch hidden channel voxel"]:
     """Elements of the hidden tokens that can be judged: valid, of a channel that is there, and in no token that was shown."""
-    if not layout.overlaps and len(layout.groups) == 1:  # the same as below without an array of all channels
+    if not layout.overlaps and not layout.coarse and len(layout.groups) == 1:  # the same as below without an array of all channels
         return layout.pick(layout.split(counted[:, None]), plan.hidden) & present[:, None, :, None] & plan.hidden_used[:, :, None, None]
-    voxels = per_channel(counted, present)
+    voxels = layout.measured(counted, present)
     if layout.overlaps:
         voxels = voxels & ~layout.seen(plan.visible, plan.visible_used)
     return layout.pick(layout.split(voxels), plan.hidden) & plan.hidden_used[:, :, None, None]
@@ -191,9 +197,12 @@ def hidden_counted(
 def tokens_valid(
     layout: TokenLayout, counted: Bool[Tensor, "batch *space"], present: Bool[Tensor, "batch channel"], min_fraction: float
 ) -> Bool[Tensor, "batch length"]:
-    """Which tokens there are: enough of the voxels between it and the next count, and a channel of its group is there."""
-    valid = token_valid(counted, layout.stride, min_fraction)
-    if len(layout.groups) == 1:
-        return valid
+    """Which tokens there are: enough of the voxels between it and the next count, and a channel of its group is there.
+
+    In a group of coarse channels whole blocks of voxels count.
+    """
+    if len(layout.groups) == 1 and not layout.coarse:
+        return token_valid(counted, layout.stride, min_fraction)
     there = (present[:, None] & layout.member(present.device)).any(dim=2)
-    return (valid[:, None] & there[:, :, None]).flatten(1)
+    valid = group_tokens_valid(layout, counted, min_fraction)
+    return (valid & there[:, :, None]).flatten(1)

@@ -128,6 +128,8 @@ def _check(encoder: Encoder, space: Sequence[int], network: Literal["vit", "unet
         wrong.append(f"{settings.num_registers} registers, which all other tokens attend to")
     if len(encoder.groups) > 1:
         wrong.append(f"{len(encoder.groups)} channel groups; MONAI has one token per place")
+    if any(footprint > 1 for footprint in encoder.footprints):
+        wrong.append(f"channels with one measurement for several voxels: {settings.footprints}")
     if settings.step != settings.patch:
         wrong.append(f"patches {settings.patch} that overlap, with stride {settings.step}")
     if encoder.context is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Int
@@ -151,6 +153,8 @@ class TokenLayout:
         stride: Voxels between patches per axis.
         groups: Channel numbers of each group; one group of all channels is the plain case.
         num_channels: Channels of the array.
+        footprints: Voxels along each of the last two axes that hold one and the same measurement, per channel; empty: 1 for all. Of
+            such a block only the first voxel is in a token, and all of it has to count.
     """
 
     grid: tuple[int, ...]
@@ -158,6 +162,7 @@ class TokenLayout:
     stride: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     num_channels: int
+    footprints: tuple[int, ...] = ()
 
     @property
     def num_places(self) -> int:
@@ -174,19 +179,40 @@ class TokenLayout:
         """Whether patches share voxels."""
         return self.patch != self.stride
 
+    @property
+    def coarse(self) -> bool:
+        """Whether any channel has fewer measurements than voxels."""
+        return any(footprint > 1 for footprint in self.footprints)
+
     def split(self, array: Tensor) -> Tensor:
         """Patches of all places and channels, `(batch, place, channel, voxel)`."""
         return windows(array, self.patch, self.stride)
 
     def pick(self, patches: Tensor, ids: Int[Tensor, "batch count"]) -> Tensor:
-        """Tokens `(batch, count, channel, voxel)` out of all patches; zero (False) in channels of other groups."""
-        if len(self.groups) == 1:
+        """Tokens `(batch, count, channel, voxel)` out of all patches; zero (False) in channels of other groups and inside blocks."""
+        if len(self.groups) == 1 and not self.coarse:
             return take(patches, ids)
         return torch.where(self.own(ids), take(patches, ids % self.num_places), 0).to(patches.dtype)
 
-    def own(self, ids: Int[Tensor, "batch count"]) -> Bool[Tensor, "batch count channel 1"]:
-        """Which channels belong to the group of each token."""
-        return self.member(ids.device)[ids // self.num_places][..., None]
+    def own(self, ids: Int[Tensor, "batch count"]) -> Bool[Tensor, "batch count channel #voxel"]:
+        """Which channels belong to the group of each token and, where there are blocks, which of their voxels begin one."""
+        member = self.member(ids.device)[ids // self.num_places][..., None]
+        return member & self.measurements(ids.device) if self.coarse else member
+
+    def measurements(self, device: torch.device) -> Bool[Tensor, "channel voxel"]:
+        """Which voxels of a patch stand for a measurement."""
+        found: Tensor = starts_by_channel(self.patch, self.footprints, device)
+        return found == torch.arange(math.prod(self.patch), device=device)
+
+    def measured(
+        self, voxels: Bool[Tensor, "batch *space"], present: Bool[Tensor, "batch channel"]
+    ) -> Bool[Tensor, "batch channel *space"]:
+        """The voxels that are True, in those channels that a sample has; in a coarse channel whole blocks of them only."""
+        if not self.coarse:
+            return per_channel(voxels, present)
+        every = {footprint: whole_blocks(voxels, footprint) for footprint in set(self.footprints)}
+        there = present.reshape(*present.shape, *(1,) * (voxels.ndim - 1))
+        return torch.stack([every[footprint] for footprint in self.footprints], dim=1) & there
 
     def member(self, device: torch.device) -> Bool[Tensor, "group channel"]:
         """Which channels belong to each group."""
@@ -206,11 +232,16 @@ class TokenLayout:
         return out
 
     def join(self, tokens: Tensor, ids: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        """The array `(batch, channel, *space)` of some tokens, overlaps averaged, and where there is any (bool, same shape)."""
+        """The array `(batch, channel, *space)` of some tokens, overlaps averaged, and where there is any (bool, same shape).
+
+        A measurement is repeated over its block.
+        """
         parts, reached = [], []
-        owned = self.own(ids)
+        owned = self.member(ids.device)[ids // self.num_places]
+        if self.coarse:
+            tokens = self._repeated(tokens)
         for channel in range(self.num_channels):
-            mine = used & owned[:, :, channel, 0]
+            mine = used & owned[:, :, channel]
             place = torch.where(mine, ids % self.num_places, self.num_places)
             index = place[:, :, None, None].expand(-1, -1, 1, tokens.shape[3])
             empty = tokens.new_zeros(len(ids), self.num_places + 1, 1, tokens.shape[3])
@@ -220,6 +251,47 @@ class TokenLayout:
             parts.append(image)
             reached.append(number > 0)
         return torch.cat(parts, dim=1), torch.cat(reached, dim=1)
+
+    def _repeated(self, tokens: Tensor) -> Tensor:
+        """Tokens whose every voxel is the first of its block."""
+        starts: Tensor = starts_by_channel(self.patch, self.footprints, tokens.device)
+        return torch.gather(tokens, 3, starts.expand(*tokens.shape[:2], -1, -1))
+
+
+def block_of(axes: int, footprint: int) -> tuple[int, ...]:
+    """Voxels per axis of a measurement that has a footprint: it reaches over the last two axes."""
+    return (1,) * (axes - 2) + (footprint,) * min(axes, 2)
+
+
+def block_starts(patch: tuple[int, ...], footprint: int) -> tuple[int, ...]:
+    """The number of the first voxel of its block, for every voxel of a patch; all in row-major order."""
+    block = block_of(len(patch), footprint)
+    token_grid(patch, block)
+    steps = [math.prod(patch[axis + 1 :]) for axis in range(len(patch))]
+    places = itertools.product(*(range(size) for size in patch))
+    return tuple(sum((at - at % part) * step for at, part, step in zip(place, block, steps, strict=True)) for place in places)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def starts_by_channel(patch: tuple[int, ...], footprints: tuple[int, ...], device: torch.device) -> Int[Tensor, "channel voxel"]:
+    """`block_starts` of every channel on a device, computed once per process; not to be changed in place."""
+    return _cached_starts(patch, footprints, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_starts(patch: tuple[int, ...], footprints: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor([block_starts(patch, footprint) for footprint in footprints]).to(device)
+
+
+def whole_blocks(voxels: Bool[Tensor, "batch *space"], footprint: int) -> Bool[Tensor, "batch *space"]:
+    """The voxels of those blocks in which every voxel is True."""
+    if footprint == 1:
+        return voxels
+    block = block_of(voxels.ndim - 1, footprint)
+    blocks = patchify(voxels[:, None], block)
+    whole = blocks.all(dim=3, keepdim=True).expand_as(blocks)
+    return unpatchify(whole, token_grid(voxels.shape[1:], block), block)[:, 0]
 
 
 def take(tokens: Tensor, ids: Int[Tensor, "batch count"]) -> Tensor:

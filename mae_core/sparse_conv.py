@@ -82,6 +82,11 @@ class SparseConvSettings(Settings):
         return ()
 
     @property
+    def footprints(self) -> dict[str, int]:
+        """Not set: every voxel holds a measurement of its own."""
+        return {}
+
+    @property
     def context(self) -> ContextSettings:
         """Nothing is told but voxels."""
         return ContextSettings()
@@ -244,6 +249,11 @@ class SparseConvEncoder(nn.Module):
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Channel numbers of each group: there is one of all."""
         return (tuple(range(len(self.channels))),)
+
+    @property
+    def footprints(self) -> tuple[int, ...]:
+        """Voxels per measurement of each channel: one."""
+        return (1,) * len(self.channels)
 
     @property
     def num_prefix(self) -> int:

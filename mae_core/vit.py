@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_core.attention import AttentionShape, attend, attended, check_heads
 from mae_core.context import Context, ContextEmbedding, ContextSettings
-from mae_core.nd import TokenLayout, token_grid, token_valid
+from mae_core.native import MeasurementEmbedding, channel_footprints, group_tokens_valid
+from mae_core.nd import TokenLayout, token_grid
 from mae_core.positions import Places, PositionSettings
 from mae_core.settings import Settings
 
@@ -50,6 +51,10 @@ class EncoderSettings(Settings):
     drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that the last block is passed by in training; less in earlier ones")
     groups: tuple[tuple[str, ...], ...] | Literal["each"] = Field(
         (), description="Channels that share tokens, such as [[B02,B03,B04],[B8A]]; each: one group a channel (default: one group of all)"
+    )
+    footprints: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Voxels along each of the last two axes that hold one measurement, by channel; pretrain takes them from the store",
     )
     positions: PositionSettings = PositionSettings()
     context: ContextSettings = ContextSettings()
@@ -154,8 +159,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.settings = settings
         width, depth = settings.width, settings.depth
-        self.groups = channel_groups(settings.groups, channels)
-        self.embed = ChannelEmbedding(channels, math.prod(settings.patch), width)
+        self.footprints = channel_footprints(settings.footprints, channels, settings.patch, settings.step)
+        self.groups = channel_groups(settings.groups, channels, self.footprints)
+        coarse = any(footprint > 1 for footprint in self.footprints)
+        self.embed = (
+            MeasurementEmbedding(channels, settings.patch, self.footprints, width)
+            if coarse
+            else ChannelEmbedding(channels, math.prod(settings.patch), width)
+        )
         if settings.class_token:
             self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         rates = [settings.drop_path * number / max(1, depth - 1) for number in range(depth)]
@@ -183,7 +194,8 @@ class Encoder(nn.Module):
     def layout(self, space: Sequence[int]) -> TokenLayout:
         """How a crop of all channels becomes tokens."""
         settings = self.settings
-        return TokenLayout(token_grid(space, settings.step), settings.patch, settings.step, self.groups, len(self.channels))
+        grid = token_grid(space, settings.step)
+        return TokenLayout(grid, settings.patch, settings.step, self.groups, len(self.channels), self.footprints)
 
     def attention_shape(self, num_tokens: int) -> AttentionShape:
         """What every block does with so many tokens."""
@@ -268,7 +280,7 @@ def all_tokens(layout: TokenLayout, pixels: Tensor, has_value: Bool[Tensor, "bat
     ids = torch.arange(math.prod(layout.full_grid), device=pixels.device).expand(len(pixels), -1)
     used = None
     if has_value is not None:
-        valid = token_valid(has_value, layout.stride, 0.0).repeat(1, len(layout.groups))
+        valid = group_tokens_valid(layout, has_value, 0.0).flatten(1)
         used = None if bool(valid.all()) else valid
     return AllTokens(layout.pick(layout.split(pixels), ids), ids, used, layout)
 
@@ -278,22 +290,29 @@ def token_size(context: Context | None, step: Sequence[int]) -> Float[Tensor, "b
     return None if context is None else torch.stack([context.spacing[:, axis] * size for axis, size in enumerate(step)], dim=1)
 
 
-def channel_groups(groups: Sequence[Sequence[str]] | Literal["each"], channels: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Channel numbers of each group; one group of all where none are given.
+def channel_groups(
+    groups: Sequence[Sequence[str]] | Literal["each"], channels: Sequence[str], footprints: Sequence[int] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Channel numbers of each group; where none are given one of all, or one for each footprint.
 
     Raises:
-        ValueError: The groups are no division of the channels.
+        ValueError: The groups are no division of the channels, or one has channels of several footprints.
     """
     if groups == "each":
         return tuple((number,) for number in range(len(channels)))
     if not groups:
-        return (tuple(range(len(channels))),)
+        sizes = footprints or (1,) * len(channels)
+        return tuple(tuple(number for number, own in enumerate(sizes) if own == size) for size in sorted(set(sizes)))
     named = [name for group in groups for name in group]
     if sorted(named) != sorted(channels) or not all(groups):
         raise ValueError(
             f"model.encoder.groups={[list(group) for group in groups]} must name each channel of the data once: {list(channels)}"
         )
-    return tuple(tuple(list(channels).index(name) for name in group) for group in groups)
+    found = tuple(tuple(list(channels).index(name) for name in group) for group in groups)
+    if footprints and any(len({footprints[number] for number in group}) > 1 for group in found):
+        listed = dict(zip(channels, footprints, strict=True))
+        raise ValueError(f"model.encoder.groups puts channels of several footprints into one group: {listed}; one group has one footprint")
+    return found
 
 
 def pooled(

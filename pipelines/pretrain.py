@@ -24,6 +24,7 @@ from mae_core.export import Description, ModelError, load_encoder, save_model
 from mae_core.loader import LoaderError, LoaderSettings, Stream, spacings
 from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
+from mae_core.native import channel_footprints, common_footprint
 from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import DeviceError, processes
@@ -100,7 +101,10 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
         usual = tuple(max(part, size * 3 // 4 // part * part) for size, part in zip(store.space, step, strict=True))
         crop = per_axis(recipe.crop, axes, "crop") if recipe.crop else usual
         grid = token_grid(crop, step)
-        groups = channel_groups(recipe.model.encoder.groups, store.channels)
+        sizes = footprints_for(recipe, store)
+        per_channel = channel_footprints(sizes, store.channels, patch, step)
+        groups = channel_groups(recipe.model.encoder.groups, store.channels, per_channel)
+        Normaliser(crop, (), (), 0, 0, recipe.augment, common_footprint(per_channel))
         check_hiding(recipe.hiding, (len(groups), *grid))
         channel_weights(recipe.model.error, store.channels)
     except ValueError as error:
@@ -109,7 +113,8 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
         raise RunError(f"crop={list(crop)} does not fit into the store's tiles of {list(store.space)}; lower crop, or prepare larger tiles")
     if np.prod(grid) < 4:
         raise RunError(f"crop={list(crop)} holds only {np.prod(grid)} tokens of {list(step)}; raise crop or lower model.encoder.patch")
-    encoder = recipe.model.encoder.model_copy(update={"patch": patch} | ({"stride": stride} if stride else {}))
+    changes = {"patch": patch} | ({"stride": stride} if stride else {}) | ({"footprints": sizes} if sizes else {})
+    encoder = recipe.model.encoder.model_copy(update=changes)
     model = recipe.model.model_copy(update={"encoder": encoder})
     try:
         with torch.device("meta"):
@@ -125,6 +130,32 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     return recipe.model_copy(update={"crop": crop, "model": model})
 
 
+def footprints_for(recipe: PretrainRecipe, store: TileStore) -> dict[str, int]:
+    """Channels of a store that hold one measurement in several voxels, and in how many along an axis.
+
+    Raises:
+        ValueError: The recipe says otherwise, or its encoder cannot be fed them.
+    """
+    found = footprints_of(store)
+    given = recipe.model.encoder.footprints
+    if given and given != found:
+        raise ValueError(
+            f"model.encoder.footprints={given} and the channels of {store.label} have {found}; leave the setting out, it is the store's"
+        )
+    if found and recipe.model.encoder.kind != "vit":
+        raise ValueError(
+            f"model.encoder.kind={recipe.model.encoder.kind} wants a value of its own in every voxel and channels {sorted(found)} of "
+            f"{store.label} are at their native resolution; take kind=vit, or prepare all channels at one resolution"
+        )
+    return found
+
+
+def footprints_of(store: TileStore) -> dict[str, int]:
+    """Channels whose measurements fill several voxels along an axis, with how many."""
+    channels = store.attributes["channels"]
+    return {channel["name"]: int(channel["footprint"]) for channel in channels if channel.get("footprint", 1) > 1}
+
+
 def perceptual_loss(recipe: PretrainRecipe, store: TileStore, out: Path, device: torch.device) -> PerceptualLoss | None:
     """The perceptual term that is set, fed in the frozen encoder's own units.
 
@@ -138,7 +169,7 @@ def perceptual_loss(recipe: PretrainRecipe, store: TileStore, out: Path, device:
     unknown = [name for name in store.channels if name not in about.channels]
     if unknown:
         raise RunError(f"perceptual.encoder {folder} does not know channels {unknown}; it knows {list(about.channels)}")
-    if about.encoder.step != about.encoder.patch or len(encoder.groups) > 1:
+    if about.encoder.step != about.encoder.patch or len(encoder.groups) > 1 or max(encoder.footprints) > 1:
         raise RunError(f"perceptual.encoder {folder} has overlapping patches or several channel groups; give a plain one")
     try:
         token_grid(recipe.crop, about.encoder.step)
@@ -255,7 +286,7 @@ def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment:
         raise RunError(
             f"channels {flat} are constant over all training voxels of {store.label}; leave them out with reader.channels and prepare again"
         )
-    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment)
+    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment, common_footprint([1, *footprints_of(store).values()]))
 
 
 def spacing(store: TileStore) -> NDArray[np.float64]:
