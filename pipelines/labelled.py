@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mae_core.augment import Normaliser
 from mae_core.export import Description
+from mae_core.native import common_footprint
 from mae_core.nd import per_axis
 from mae_core.parallel import Parallel
 from mae_core.segmentation import Segmentation, columns_of
@@ -98,7 +99,8 @@ def labelled_task(settings: Labelled, about: Description, store: TileStore, batc
     known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
     check_units(store, known)
     mean, std = zip(*(known.get(name, (0.0, 1.0)) for name in store.channels), strict=True)
-    normaliser = Normaliser(fitting_crop(settings, about, store), mean, std, about.no_value, 0, None)
+    footprint = common_footprint([1, *about.encoder.footprints.values()])
+    normaliser = Normaliser(fitting_crop(settings, about, store), mean, std, about.no_value, 0, None, footprint)
     columns = columns_of(about.channels, store.channels)
     return Segmentation(values, names, columns, normaliser, store, store.rows("val"), batch_size, parallel)
 
