@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,29 +62,48 @@ def table(model: Model, defaults: Mapping[str, Any], prefix: str = "", when: str
         prefix: Put before every key.
         when: The choice under which these settings count.
     """
+    told = documented(model)
     for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
+        key, meaning = f"{prefix}{name}", field.description or told.get(name, "")
         models = sections(field.annotation)
         own = defaults.get(name)
         own = own if isinstance(own, Mapping) else {}
         if not models:
             required = field.is_required() and name not in defaults
             default = defaults.get(name, None if field.is_required() else _default(field))
-            yield Setting(key, _words_of(field), required, default, field.description or "", when, _hole(field))
+            yield Setting(key, _words_of(field), required, default, meaning, when, _hole(field))
         elif len(models) == 1:
             optional = _is_optional(field.annotation)
             if optional:
-                yield Setting(key, "section or null", required=False, default=None, description=field.description or "", when=when)
+                yield Setting(key, "section or null", required=False, default=None, description=meaning, when=when)
             yield from table(models[0], own, f"{key}.", f"{key} is given" if optional else when)
         else:
             tag = discriminator(models)
             choices = " | ".join(_tags(item, tag)[0] for item in models)
-            yield Setting(f"{key}.{tag}", choices, tag not in own, own.get(tag), field.description or "", when, choices.replace(" ", ""))
+            yield Setting(f"{key}.{tag}", choices, tag not in own, own.get(tag), meaning, when, choices.replace(" ", ""))
             for item in models:
                 choice = _tags(item, tag)[0]
                 chosen = own if own.get(tag) == choice else {}
                 inner = table(item, chosen, f"{key}.", f"{key}.{tag}={choice}")
                 yield from (setting for setting in inner if setting.key != f"{key}.{tag}")
+
+
+def documented(model: Model) -> dict[str, str]:
+    """What the `Attributes:` of a model's docstring, and of those it inherits from, say of each field."""
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        _, _, block = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
+        names: tuple[str, ...] = ()
+        for line in block.splitlines():
+            entry = re.match(r" {4}(\w+(?:, \w+)*): (.+)", line)
+            if entry:
+                names = tuple(entry[1].split(", "))
+                found |= dict.fromkeys(names, entry[2])
+            elif line.startswith(" " * 8):
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            elif line.strip():
+                break
+    return found
 
 
 def sections(annotation: Any) -> tuple[Model, ...]:
@@ -314,6 +334,8 @@ def _words(annotation: Any, metadata: Iterable[Any] = (), *, many: bool = False)
         return f"list of {count}{' and '.join(items)}{limits and f',{limits}'}"
     if origin is dict:
         return f"section of {_words(arguments[0])}: {_words(arguments[1])}{limits}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     name = (PLURAL.get(annotation) if many else None) or SIMPLE.get(annotation) or getattr(annotation, "__name__", str(annotation))
     return f"{name}{limits}"
 

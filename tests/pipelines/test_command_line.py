@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt, model_validator
 from mae_core.settings import Settings, differences, digest, to_plain
 from pipelines import terravox
 from pipelines.command_line import run, settings_to_yaml
-from pipelines.settings_words import redacted
+from pipelines.settings_words import redacted, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,11 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 class Optical(Settings):
     kind: Literal["sentinel2"] = "sentinel2"
     bands: tuple[str, ...] = Field(("B02", "B03"), min_length=1, description="Bands to read.")
-
-
-class Volume(Settings):
-    kind: Literal["mri"] = "mri"
-    spacing_mm: tuple[float, float, float] | None = None
 
 
 class Train(Settings):
@@ -50,6 +45,18 @@ class Train(Settings):
 class Prepare(Settings):
     tile: tuple[PositiveInt, PositiveInt] = (64, 64)
     workers: int | None = None
+
+
+class Volume(Settings):
+    """Volumes.
+
+    Attributes:
+        spacing_mm: Wanted size of a voxel,
+            or the file's own.
+    """
+
+    kind: Literal["mri"] = "mri"
+    spacing_mm: tuple[float, float, float] | None = None
 
 
 class Whole(Settings):
@@ -290,11 +297,33 @@ def test_help_lists_every_setting_with_type_default_and_meaning(verb: Verb) -> N
         "prepare.tile list of 2 whole numbers > 0; default [64, 64]",
         "reader.kind sentinel2 | mri; default sentinel2 Reads files.",
         "if reader.kind=sentinel2: reader.bands list of texts, length >= 1; default [B02, B03] Bands to read.",
-        "if reader.kind=mri: reader.spacing_mm list of 3 numbers or null; default null",
+        "if reader.kind=mri: reader.spacing_mm list of 3 numbers or null; default null Wanted size of a voxel, or the file's own.",
         "tracker section or null; default null if tracker is given: tracker.tile",
         "classes section of whole number: text; default {}",
     ):
         assert text in words
+
+
+def test_a_docstring_describes_what_has_no_description() -> None:
+    class Reader(Settings):
+        """Reads.
+
+        Attributes:
+            low, high: Window,
+                in HU.
+            parts: What else.
+
+        Not: this.
+        """
+
+        low: float = 0
+        high: float = Field(1, description="Own words")
+        parts: tuple[Prepare, ...] = ()
+        silent: int = 0
+
+    found = {setting.key: setting for setting in table(Reader, {})}
+    assert [setting.description for setting in found.values()] == ["Window, in HU.", "Own words", "What else.", ""]
+    assert found["parts"].words == "list of {tile, workers}"
 
 
 def test_check_lists_problems_and_does_nothing(verb: Verb) -> None:
