@@ -1,26 +1,112 @@
-"""Scenes find the label map that belongs to each; those left without one are told."""
+"""Scenes find the labels that belong to each, brought to their grids; what was done to the labels, and what was left out, is told."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from modalities.catalogue import Catalogue, every_file
+from modalities.grid import Window
+from modalities.label_classes import ClassTable, raster_classes
+from modalities.label_file import DRIVERS, LabelOptions, VectorFile, number_texts, open_vector, open_vector_labels, summary
+from modalities.label_matrix import open_matrix_labels
+from modalities.label_raster import NoOverlapError, blocks, open_raster_labels
 from modalities.scene import LabelMap, Rejected, Scene, SceneError
 
+RASTERS, MATRIX = (".tif", ".tiff", ".jp2"), ".mat"
+ENDINGS = (*RASTERS, MATRIX, ".nii", ".nii.gz", ".gpkg", ".geojson", ".shp")
+"""Of label files in a folder. A `.json` is one only where it is given by itself: many others have that ending."""
 
-def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, LabelMap]], list[Rejected]]:
+VECTOR_WORDS = ("attribute", "value", "numbers", "order", "all_touched", "radius_m", "background", "crs")
+COUNTED_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What was found.
+
+    Attributes:
+        pairs: Scenes with the labels of each.
+        without: Scenes left without, with the reason.
+        notes: What was done to the labels, a line each.
+        classes: Names and colours that the files give to the classes that occur.
+        pixels: Pixels of each class over all images, -1 for no label; empty for volumes.
+    """
+
+    pairs: list[tuple[Scene, LabelMap]]
+    without: list[Rejected]
+    notes: list[str] = field(default_factory=list)
+    classes: ClassTable = field(default_factory=ClassTable)
+    pixels: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WithoutSome:
+    """Labels of which some class numbers are no label."""
+
+    labels: LabelMap
+    ignore: tuple[int, ...]
+
+    def read(self, window: Window) -> NDArray[np.int64]:
+        """Class numbers; -1 where there is none, or one of these."""
+        found = self.labels.read(window)
+        return np.where(np.isin(found, self.ignore), -1, found)
+
+
+def match_labels(catalogue: Catalogue, labels: Path, options: LabelOptions | None = None, ignore: Sequence[int] = ()) -> Labelling:
     """Scenes with the label map that belongs to each, and scenes left without one.
 
     A label file belongs to a scene when both have the same name up to the first dot (a label's name may go on with
     `_label`, `_labels`, `_seg` or `_mask`); a single file for a whole folder serves every scene that it covers.
     A label volume serves scans of one patient only: patients in a common space have equal grids, so nothing else would tell.
 
+    Args:
+        catalogue: The scenes.
+        labels: Folder of label files, or one file.
+        options: How they are read.
+        ignore: Class numbers that are no label.
+
     Raises:
-        SceneError: Nothing matches, a matching file lies on another grid, or a label volume would serve several patients.
+        SceneError: Nothing matches, a matching file cannot be brought to its scene, or a label volume would serve several patients.
     """
+    options = options or LabelOptions()
+    found, without, shared = _files_of(catalogue, labels)
+    layers = {file: open_vector(file, options) for file in dict.fromkeys(file for _, file in found) if _is_vector(file)}
+    numbers = number_texts(layers.values(), options)
+    _refuse_unused(options, found, vectors=bool(layers))
+    notes = [summary(layer, options, numbers) for layer in layers.values()]
+    pairs: list[tuple[Scene, LabelMap]] = []
+    for scene, file in found:
+        try:
+            own, note = _open(scene, file, options, layers, numbers)
+        except NoOverlapError as error:
+            if not shared:
+                raise
+            without.append(Rejected(scene.files[0].name, f"no label of {file.name} lies there"))
+            last = error
+            continue
+        pairs.append((scene, WithoutSome(own, tuple(ignore)) if ignore else own))
+        notes += [f"{file.name} for {scene.name}: {note}"] if note else []
+    if not pairs:
+        raise last
+    pixels = _counted(pairs)
+    table = _table([file for _, file in found], numbers)
+    if numbers and any(name != str(value) for name, value in numbers):
+        notes.insert(len(layers), "class numbers of the texts: " + ", ".join(f"{value} {name}" for name, value in numbers))
+    return Labelling(pairs, without, notes, table.only(pixels), pixels)
+
+
+def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Path]], list[Rejected], bool]:
+    """The label file of each scene, the scenes without one, and whether a single file serves all."""
     if not labels.exists():
         raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
-    files = [file for file in every_file(labels.absolute()) if file.name.lower().endswith((".tif", ".tiff", ".nii", ".nii.gz"))]
+    endings = (*ENDINGS, ".json") if labels.is_file() else ENDINGS
+    files = [file for file in every_file(labels.absolute()) if file.name.lower().endswith(endings)]
     by_stem: dict[str, Path] = {}
     for file in files:
         stem = file.name.split(".")[0]
@@ -29,20 +115,77 @@ def match_labels(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, 
         if stem in by_stem:
             raise SceneError(f"two label files are called {stem}: {by_stem[stem]} and {file}; name each scene's once")
         by_stem[stem] = file
-    pairs: list[tuple[Scene, LabelMap]] = []
-    missing: list[Rejected] = []
+    found: list[tuple[Scene, Path]] = []
+    without: list[Rejected] = []
     patients: dict[Path, str] = {}
     for scene in catalogue.scenes:
-        own = by_stem.get(scene.files[0].name.split(".")[0])
+        own = by_stem.get(scene.files[0].name.split(".")[0]) or by_stem.get(scene.name.split("/")[-1].split(".")[0])
         label = files[0] if own is None and len(files) == 1 else own
         if label is None:
-            missing.append(Rejected(scene.files[0].name, "no label file of the same name"))
+            without.append(Rejected(scene.files[0].name, "no label file of the same name"))
             continue
         if scene.label_suffix == ".nii.gz" and patients.setdefault(label, scene.group) != scene.group:
             other = f"{label} would label scans of several patients, one of them {scene.files[0]}"
             raise SceneError(f"{other}; name each label file like its image")
-        pairs.append((scene, scene.open_labels(label)))
-    if not pairs:
+        found.append((scene, label))
+    if not found:
         names = ", ".join(sorted(by_stem)[:3]) or "no label file at all"
         raise SceneError(f"no label in {labels} belongs to a scene of {catalogue.root}: found {names}; name each label file like its image")
-    return pairs, missing
+    return found, without, len(files) == 1
+
+
+def _open(
+    scene: Scene, file: Path, options: LabelOptions, layers: Mapping[Path, VectorFile], numbers: tuple[tuple[str, int], ...]
+) -> tuple[LabelMap, str]:
+    """The labels in a file on the scene's grid, and what is to be told of it."""
+    if not _is_image(scene):
+        return scene.open_labels(file), ""
+    if file in layers:
+        return open_vector_labels(layers[file], scene.grid, scene.name, options, numbers)
+    if file.name.lower().endswith(MATRIX):
+        return open_matrix_labels(file, scene.grid, scene.name, options.layer)
+    return open_raster_labels(file, scene.grid, scene.name, reproject=options.reproject)
+
+
+def _is_image(scene: Scene) -> bool:
+    return len(scene.grid.space) == 2 and scene.grid.frame != "RAS+"
+
+
+def _is_vector(file: Path) -> bool:
+    return file.suffix.lower() in DRIVERS
+
+
+def _refuse_unused(options: LabelOptions, found: Sequence[tuple[Scene, Path]], *, vectors: bool) -> None:
+    """Stops at options that would change nothing."""
+    given = [name for name in VECTOR_WORDS if getattr(options, name) != LabelOptions.model_fields[name].get_default()]
+    if given and not vectors:
+        raise SceneError(f"label_options.{given[0]} is for vector files, and the labels are {found[0][1].name}; leave it out")
+
+
+def _counted(pairs: Sequence[tuple[Scene, LabelMap]]) -> dict[int, int]:
+    """Pixels of each class number over all images."""
+    counts: Counter[int] = Counter()
+    for scene, labels in pairs:
+        for part in blocks(scene.grid.full, COUNTED_SIDE) if _is_image(scene) else ():
+            values, numbers = np.unique(labels.read(part), return_counts=True)
+            counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    return dict(sorted(counts.items()))
+
+
+def _table(files: Sequence[Path], numbers: tuple[tuple[str, int], ...]) -> ClassTable:
+    """Names and colours of all files together.
+
+    Raises:
+        SceneError: Two files call the same class by different names.
+    """
+    names = {value: name for name, value in reversed(numbers) if name != str(value)}
+    said = dict.fromkeys(names, "the attribute")
+    colours: dict[int, tuple[int, int, int]] = {}
+    for file in dict.fromkeys(file for file in files if file.name.lower().endswith(RASTERS)):
+        table = raster_classes(file)
+        colours = {**table.colours, **colours}
+        for value, name in table.names.items():
+            if names.setdefault(value, name) != name:
+                raise SceneError(f"class {value} is called {names[value]} in {said[value]} and {name} in {file.name}; make them agree")
+            said.setdefault(value, file.name)
+    return ClassTable(names, colours)

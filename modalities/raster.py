@@ -17,10 +17,11 @@ from pydantic import Field, field_validator
 
 from modalities.class_band import ClassBand, MaskFile
 from modalities.grid import Grid, Window
+from modalities.label_raster import check_window, open_raster_labels
 from modalities.quality import Quality
 from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, quiet, read_bands, same_frame
-from modalities.resample import ALIGNED, Resampling, align, bilinear, footprint, is_placed, relate, repeated
-from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+from modalities.resample import Resampling, align, bilinear, footprint, is_placed, repeated
+from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
 
 
 class Radiometry(AdapterSettings):
@@ -126,7 +127,7 @@ class RasterScene:
 
     def read(self, window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
         """Pixels `(channel, row, column)` and quality `(row, column)`; any window gives the numbers of the whole."""
-        _check_window(window, self.grid, self.name)
+        check_window(window, self.grid, self.name)
         space = tuple(part.stop - part.start for part in window)
         pixels = np.empty((len(self.bands), *space), self.dtype)
         quality = np.zeros(space, np.uint8)
@@ -148,30 +149,9 @@ class RasterScene:
             quality |= classes.read(self.grid, window)
         return pixels, quality
 
-    def open_labels(self, path: Path) -> RasterLabels:
-        """The class numbers in a single-band raster on this scene's lattice; it may reach further than the scene, or less far."""
-        try:
-            header = inspect(path, path.name, colour_table=True)
-        except SceneError as error:
-            raise SceneError(f"the labels {path} cannot be used: {error}") from error
-        grid = header.grid
-        linear, offset = relate(self.grid, grid)
-        whole = np.round(offset)
-        drift = (np.abs(linear - np.eye(2)) * np.array(self.grid.space)).max()
-        unplaced = not is_placed(self.grid) and self.grid.space != grid.space
-        if not same_frame(self.grid.frame, grid.frame) or drift > ALIGNED or np.abs(offset - whole).max() > ALIGNED or unplaced:
-            raise SceneError(
-                f"{path} does not lie on the grid of {self.name}: the labels have {_describe(grid)}, the image has {_describe(self.grid)}; "
-                f"the image begins at row {offset[0]:.2f}, column {offset[1]:.2f} of the labels. "
-                "Reproject the labels with nearest neighbour to the image's grid"
-            )
-        first, size = whole.astype(int), np.array(grid.space)
-        if (first >= size).any() or (first + np.array(self.grid.space) <= 0).any():
-            raise SceneError(f"{path} covers no part of {self.name}: labels {_describe(grid)}, image {_describe(self.grid)}")
-        if header.count != 1 or np.dtype(header.dtypes[0]).kind not in "iuf":
-            raise SceneError(f"{path} has {header.count} bands of {header.dtypes[0]}; labels are one band of whole numbers")
-        band = BandFile(path, header.indexes[0], Channel("labels"), grid, header.dtypes[0], header.nodata[0], block=header.block)
-        return RasterLabels(band, self.grid, (int(first[0]), int(first[1])))
+    def open_labels(self, path: Path) -> LabelMap:
+        """The class numbers in a single-band raster; from another lattice or CRS the nearest, as `labels.match_labels` tells."""
+        return open_raster_labels(path, self.grid, self.name)[0]
 
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
         """A deflated GeoTIFF with the CRS and the very affine of the reference band's file."""
@@ -204,33 +184,6 @@ class RasterScene:
                 return {"crs": source.crs, "transform": source.transform} if is_placed(self.grid) else {}
         except BROKEN as error:
             raise SceneError(f"cannot read {path}, whose geometry the labels of {self.name} take: {plain(error, path)}") from error
-
-
-@dataclass(frozen=True)
-class RasterLabels:
-    """Class numbers from a raster on the lattice of a scene, `first` being the scene's first pixel in it."""
-
-    band: BandFile
-    grid: Grid
-    first: tuple[int, int]
-
-    def read(self, window: Window) -> NDArray[np.int64]:
-        """Class numbers; -1 at nodata, under the raster's mask, beyond its edge and for negative numbers."""
-        _check_window(window, self.grid, str(self.band.path))
-        labels = np.full([part.stop - part.start for part in window], -1, np.int64)
-        begin = [part.start + first for part, first in zip(window, self.first, strict=True)]
-        source = tuple(slice(max(b, 0), min(b + n, size)) for b, n, size in zip(begin, labels.shape, self.band.grid.space, strict=True))
-        if any(part.stop <= part.start for part in source):
-            return labels
-        values, flags = (found[0] for found in read_bands([self.band], source))
-        wide = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
-        usable = np.where(flags == 0, wide, -1)
-        broken = usable[usable != np.rint(usable)]
-        if broken.size:
-            raise SceneError(f"{self.band.path} holds numbers that are not whole, such as {broken[0]}; labels are class numbers")
-        into = tuple(slice(part.start - b, part.stop - b) for part, b in zip(source, begin, strict=True))
-        labels[into] = np.maximum(usable, -1).astype(np.int64)
-        return labels
 
 
 def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) -> tuple[list[RasterScene], list[Rejected]]:
@@ -368,13 +321,3 @@ def name_uniquely(scenes: list[RasterScene], folder: Path) -> list[RasterScene]:
     seen = Counter(scene.name for scene in scenes)
     full = [scene.name if seen[scene.name] == 1 else scene.files[0].relative_to(folder).as_posix() for scene in scenes]
     return [replace(scene, name=name, group=name) for scene, name in zip(scenes, full, strict=True)]
-
-
-def _check_window(window: Window, grid: Grid, name: str) -> None:
-    if len(window) != 2 or any(not 0 <= part.start < part.stop <= size for part, size in zip(window, grid.space, strict=True)):
-        raise SceneError(f"the window {window} leaves {name}, which has {grid.space[0]} rows and {grid.space[1]} columns")
-
-
-def _describe(grid: Grid) -> str:
-    pixel = " × ".join(f"{step:.10g}" for step in grid.spacing)
-    return f"CRS {grid.frame or 'none'}, {grid.space[0]}×{grid.space[1]} pixels of {pixel}"

@@ -32,10 +32,11 @@ from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Block, Encoder
+from modalities.label_file import LabelOptions
 from modalities.scene import SceneError
 from pipelines.command_line import run
 from pipelines.kernels import checked_attention
-from pipelines.labelled import fitting_crop, labelled_store, labelled_task, missing
+from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_store, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
@@ -53,11 +54,13 @@ class FinetuneSettings(Settings):
 
     encoder: str = Field(description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION")
     data: Path = Field(description="Folder of images, or one file")
-    labels: Path = Field(description="Folder of label maps named like the images, or one file that covers them")
+    labels: Path = Field(description="Folder of labels (rasters, polygons, points) named like the images, or one file that covers them")
+    label_options: LabelOptions = LabelOptions()
     out: Path = Field(description="Folder of the run")
     init: Literal["pretrained", "scratch", "both"] = Field("both", description="Weights to begin with: one arm, or both side by side")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="Each arm is trained once per seed")
     class_names: tuple[str, ...] = Field((), description="Names of the classes by rising number (default: class N)")
+    class_colours: tuple[Colour, ...] = Field((), description="#rrggbb of the classes by rising number (default: as in the labels)")
     ignore: tuple[int, ...] = Field((), description="Class numbers that count nowhere")
     label_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training groups whose labels are used")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the encoder was pretrained with")
@@ -248,7 +251,14 @@ def save_segmenter(job: Job, model: Segmenter, folder: Path, arm: str, run_id: s
         folder,
         model,
         job.about.model_copy(
-            update={"kind": "segmenter", "crop": job.settings.crop, "head": job.settings.head, "classes": classes, "lineage": lineage}
+            update={
+                "kind": "segmenter",
+                "crop": job.settings.crop,
+                "head": job.settings.head,
+                "classes": classes,
+                "colours": colours_of(job.settings, job.store, job.task.values),
+                "lineage": lineage,
+            }
         ),
     )
 

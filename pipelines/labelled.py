@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from mae_core.augment import Normaliser
 from mae_core.export import Description
@@ -14,13 +16,16 @@ from mae_core.parallel import Parallel
 from mae_core.segmentation import Segmentation, columns_of
 from mae_core.store import TileStore
 from modalities.catalogue import scan
-from modalities.labels import match_labels
+from modalities.label_file import LabelOptions
+from modalities.labels import Labelling, match_labels
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import TILES, prepare_store, store_attributes
-from pipelines.progress import console
+from pipelines.progress import console, table
 from pipelines.run_folder import RunError, reader_of
 
+Colour = Annotated[str, Field(pattern="^#?[0-9A-Fa-f]{6}$")]
+MOST_NOTES = 20
 MAX_SHIFT = 10.0
 """Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
 
@@ -37,6 +42,10 @@ class Labelled(Protocol):
         """Label maps."""
 
     @property
+    def label_options(self) -> LabelOptions:
+        """How label files are read."""
+
+    @property
     def out(self) -> Path:
         """Folder of the run; stores lie beside it."""
 
@@ -51,6 +60,10 @@ class Labelled(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by rising number; may be empty."""
+
+    @property
+    def class_colours(self) -> tuple[str, ...]:
+        """Colours of the classes by rising number, as `#rrggbb`; may be empty."""
 
     @property
     def ignore(self) -> tuple[int, ...]:
@@ -70,17 +83,41 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
     """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
     reader = reader_of(about, settings.reader)
     catalogue = scan(settings.data, reader)
-    pairs, without = match_labels(catalogue, settings.labels)
-    if without:
-        console.print(f"[yellow]{len(without)} scenes have no label and are left out[/]; first: {without[0].file} ({without[0].reason})")
-    catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in pairs))
-    labels = {scene.name: found for scene, found in pairs}
+    labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore)
+    tell_labels(labelling)
+    catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in labelling.pairs))
+    labels = {scene.name: found for scene, found in labelling.pairs}
     tile = settings.prepare.tile or TILES[about.modality]
     prepare = settings.prepare.model_copy(update={"tile": tile})
-    plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)))
+    attributes = class_attributes(labelling)
+    plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)) | attributes)
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
-    prepare_store(catalogue, path, reader, prepare, labels)
+    prepare_store(catalogue, path, reader, prepare, labels, attributes)
     return TileStore.open(path)
+
+
+def class_attributes(labelling: Labelling) -> dict[str, Any]:
+    """What a store tells of its classes, by number: `class_names` and `class_colours`, each only where label files say them."""
+    found = {"class_names": labelling.classes.names, "class_colours": labelling.classes.colours}
+    return {key: {str(value): entry for value, entry in sorted(entries.items())} for key, entries in found.items() if entries}
+
+
+def tell_labels(labelling: Labelling) -> None:
+    """Print what was done to the labels, pixels per class, and which scenes have none."""
+    for note in labelling.notes[:MOST_NOTES]:
+        console.print(note, markup=False)
+    if len(labelling.notes) > MOST_NOTES:
+        console.print(f"… and {len(labelling.notes) - MOST_NOTES} more lines on labels")
+    if labelling.pixels:
+        total, names = sum(labelling.pixels.values()), {-1: "no label", **labelling.classes.names}
+        rows = [
+            ("" if value < 0 else str(value), names.get(value, ""), str(count), f"{count / total:.1%}")
+            for value, count in labelling.pixels.items()
+        ]
+        table(f"labels of {len(labelling.pairs)} scenes", ("class", "name", "pixels", "share"), rows)
+    if labelling.without:
+        first = labelling.without[0]
+        console.print(f"[yellow]{len(labelling.without)} scenes have no label and are left out[/]; first: {first.file} ({first.reason})")
 
 
 def labelled_task(settings: Labelled, about: Description, store: TileStore, batch_size: int, parallel: Parallel) -> Segmentation:
@@ -92,10 +129,15 @@ def labelled_task(settings: Labelled, about: Description, store: TileStore, batc
     found = store.attributes["classes"]
     values = tuple(value for value in found if value not in settings.ignore)
     if len(values) < 2:
-        raise RunError(f"the labels hold classes {found} and {list(settings.ignore)} are ignored; two classes are needed")
-    if settings.class_names and len(settings.class_names) != len(values):
-        raise RunError(f"class_names gives {len(settings.class_names)} names and the labels hold {len(values)} classes: {list(values)}")
-    names = settings.class_names or tuple(f"class {value}" for value in values)
+        raise RunError(f"the labels hold classes {list(values)} beside {list(settings.ignore)}, which are ignored; two classes are needed")
+    for key in ("class_names", "class_colours"):
+        given = getattr(settings, key)
+        if given and len(given) != len(values):
+            raise RunError(f"{key} gives {len(given)} {key[6:]} and the labels hold {len(values)} classes: {list(values)}")
+    said: dict[str, str] = store.attributes.get("class_names", {})
+    names = settings.class_names or tuple(said.get(str(value), f"class {value}") for value in values)
+    if len(set(names)) < len(names):
+        raise RunError(f"two classes are called the same: {', '.join(names)}; give class_names, one for each of {list(values)}")
     known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
     check_units(store, known)
     mean, std = zip(*(known.get(name, (0.0, 1.0)) for name in store.channels), strict=True)
@@ -103,6 +145,16 @@ def labelled_task(settings: Labelled, about: Description, store: TileStore, batc
     normaliser = Normaliser(fitting_crop(settings, about, store), mean, std, about.no_value, 0, None, footprint)
     columns = columns_of(about.channels, store.channels)
     return Segmentation(values, names, columns, normaliser, store, store.rows("val"), batch_size, parallel)
+
+
+def colours_of(settings: Labelled, store: TileStore, values: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Red, green and blue of each class, from the settings or the label files; empty unless all are known."""
+    if settings.class_colours:
+        red_green_blue = [bytes.fromhex(colour.removeprefix("#")) for colour in settings.class_colours]
+        return tuple((colour[0], colour[1], colour[2]) for colour in red_green_blue)
+    said = store.attributes.get("class_colours", {})
+    found = [said.get(str(value)) for value in values]
+    return tuple((colour[0], colour[1], colour[2]) for colour in found) if all(found) else ()
 
 
 def fitting_crop(settings: Labelled, about: Description, store: TileStore) -> tuple[int, ...]:

@@ -77,11 +77,19 @@ def store_attributes(reader: ReaderSettings, axes: int) -> dict[str, Any]:
 
 
 def prepare_store(
-    catalogue: Catalogue, out: Path, reader: ReaderSettings, settings: PrepareSettings, labels: Mapping[str, LabelMap] | None = None
+    catalogue: Catalogue,
+    out: Path,
+    reader: ReaderSettings,
+    settings: PrepareSettings,
+    labels: Mapping[str, LabelMap] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> PreparationReport:
-    """Prepare a store and tell what was used and what was thrown away; a finished store of the same plan is left as it is."""
+    """Prepare a store and tell what was used and what was thrown away; a finished store of the same plan is left as it is.
+
+    `more` is what the store tells beside what all stores do.
+    """
     tell_catalogue(catalogue)
-    attributes = store_attributes(reader, len(settings.tile))
+    attributes = store_attributes(reader, len(settings.tile)) | dict(more or {})
     with counting("preparing", "tiles") as progress:
 
         def announce(forecast: Forecast) -> None:

@@ -21,9 +21,10 @@ from mae_core.segmentation import Segmentation, confusion
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
+from modalities.label_file import LabelOptions
 from pipelines.command_line import run
 from pipelines.finetune_segmentation import EXPECTED
-from pipelines.labelled import labelled_store, labelled_task, missing
+from pipelines.labelled import Colour, labelled_store, labelled_task, missing
 from pipelines.preparation import PrepareSettings
 from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
@@ -52,7 +53,8 @@ class ProbeSettings(Settings):
 
     encoder: str = Field(description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION")
     data: Path = Field(description="Folder of images, or one file")
-    labels: Path = Field(description="Folder of label maps named like the images, or one file that covers them")
+    labels: Path = Field(description="Folder of labels (rasters, polygons, points) named like the images, or one file that covers them")
+    label_options: LabelOptions = LabelOptions()
     out: Path = Field(description="Folder of the run")
     level: Literal["token", "tile"] = Field("token", description="What has a class: each token, or the crop at the centre of each tile")
     pool: Literal["mean", "class"] = Field("mean", description="Features of a tile: the mean over its tokens, or the class token")
@@ -60,6 +62,7 @@ class ProbeSettings(Settings):
     seed: int = Field(0, ge=0, description="Draws samples, and the training groups that the linear probe's penalty is chosen on")
     seeds: tuple[int, ...] = Field((0, 1, 2), description="Random weights to compare with, one encoder per seed; empty for none")
     class_names: tuple[str, ...] = Field((), description="Names of the classes by rising number (default: class N)")
+    class_colours: tuple[Colour, ...] = Field((), description="#rrggbb of the classes by rising number (default: as in the labels)")
     ignore: tuple[int, ...] = Field((), description="Class numbers that count nowhere")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the encoder was pretrained with")
     crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: as in pretraining")

@@ -111,7 +111,8 @@ def test_labels_go_to_the_scene_of_the_same_name_and_scenes_without_are_told(tmp
     for number, name in enumerate(("a", "b_seg", "c_labels")):
         save_volume(tmp_path / "labels" / f"{name}.nii.gz", np.full(SPACE, number, np.uint8))
     catalogue = scan(tmp_path / "images", NATIVE)
-    pairs, missing = match_labels(catalogue, tmp_path / "labels")
+    labelling = match_labels(catalogue, tmp_path / "labels")
+    pairs, missing = labelling.pairs, labelling.without
     found = {scene.files[0].name[0]: int(labels.read(scene.grid.full).max()) for scene, labels in pairs}
     assert found == {"a": 0, "b": 1, "c": 2}
     assert [(item.file, item.reason) for item in missing] == [("d.nii.gz", "no label file of the same name")]
@@ -121,9 +122,9 @@ def test_one_map_serves_every_raster_that_it_covers(tmp_path: Path) -> None:
     whole = np.arange(16 * 32, dtype=np.uint16).reshape(1, 16, 32) % 5
     for number in range(2):
         save_raster(tmp_path / "images" / f"tile_{number}.tif", optical(number), 500_000.0 + 160 * number)
-    pairs, missing = match_labels(scan(tmp_path / "images", RasterSettings()), save_raster(tmp_path / "cover.tif", whole.astype(np.uint8)))
-    assert missing == []
-    for scene, labels in pairs:
+    labelling = match_labels(scan(tmp_path / "images", RasterSettings()), save_raster(tmp_path / "cover.tif", whole.astype(np.uint8)))
+    assert labelling.without == []
+    for scene, labels in labelling.pairs:
         column = 16 * int(scene.files[0].stem[-1])
         assert np.array_equal(labels.read(scene.grid.full), whole[0, :, column : column + 16])
 
@@ -141,8 +142,7 @@ def test_a_label_volume_never_serves_two_patients(tmp_path: Path) -> None:
     save_volume(tmp_path / "labels" / "sub-1" / "FLAIR_seg.nii.gz", ones)
     with pytest.raises(SceneError, match="would label scans of several patients"):
         match_labels(scan(tmp_path / "same_names", NATIVE), labels)
-    pairs, _ = match_labels(scan(tmp_path / "images" / "sub-1", NATIVE), only)
-    assert len(pairs) == 2
+    assert len(match_labels(scan(tmp_path / "images" / "sub-1", NATIVE), only).pairs) == 2
 
 
 def test_labels_that_cannot_be_matched_are_an_error_that_says_why(tmp_path: Path) -> None:
@@ -186,7 +186,8 @@ def test_real_labels_without_image_and_image_without_label(tmp_path: Path) -> No
         for name in names:
             shutil.copy(source / kind / f"hippocampus_{name}.nii.gz", tmp_path / kind)
     shutil.copy(REAL / "odd" / "hippocampus_unpaired" / "labels" / "hippocampus_010.nii.gz", tmp_path / "labels")
-    pairs, missing = match_labels(scan(tmp_path / "images", MriSettings()), tmp_path / "labels")
+    labelling = match_labels(scan(tmp_path / "images", MriSettings()), tmp_path / "labels")
+    pairs, missing = labelling.pairs, labelling.without
     assert len(pairs) == 2
     assert [item.file for item in missing] == ["hippocampus_004.nii.gz"]
     assert all(np.unique(labels.read(scene.grid.full)).tolist() == [0, 1, 2] for scene, labels in pairs)

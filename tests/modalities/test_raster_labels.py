@@ -63,24 +63,6 @@ def test_labels_of_a_larger_and_of_a_smaller_map(tmp_path: Path) -> None:
     assert (labels.read((slice(10, 20), slice(0, 30))) == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("affine", "crs", "reason"),
-    [
-        (north_up(20), UTM, r"labels have CRS EPSG:32633, 20×30 pixels of 20 × 20, the image has CRS EPSG:32633, 20×30 pixels of 10 × 10"),
-        (north_up(10, 500_003), UTM, r"begins at row 0.00, column -0.30 of the labels. Reproject the labels with nearest neighbour"),
-        (north_up(), "EPSG:32634", r"labels have CRS EPSG:32634"),
-        (None, None, r"labels have CRS none"),
-        (Affine(8, 6, 500_000, 6, -8, 5_000_000), UTM, "does not lie on the grid"),
-        (north_up(10, 600_000), UTM, "covers no part of a"),
-    ],
-)
-def test_labels_on_another_grid_are_refused_with_both_grids(tmp_path: Path, affine: Affine | None, crs: str | None, reason: str) -> None:
-    scene = scene_of(write_world(tmp_path / "a.tif", (20, 30)))
-    path = write_raster(tmp_path / "labels.tif", np.ones((1, 20, 30), np.uint8), affine, crs)
-    with pytest.raises(SceneError, match=reason):
-        scene.open_labels(path)
-
-
 def test_labels_that_are_no_class_numbers_are_refused(tmp_path: Path) -> None:
     scene = scene_of(write_world(tmp_path / "a.tif", (20, 30)))
     with pytest.raises(SceneError, match=r"has 2 bands of uint8; labels are one band"):

@@ -317,12 +317,12 @@ def test_real_files_of_unnamed_bands(name: str, count: int, num_bands: int, reje
 
 def test_one_land_cover_map_serves_every_tile_of_the_real_scene() -> None:
     found = real("aberystwyth_s2_landcover", bands=list(TEN.channels), scale=1e-3)
-    pairs, missing = match_labels(found, DATA / "aberystwyth_s2_landcover" / "sen2_20210527_aber_cls.tif")
-    assert (len(pairs), missing) == (16, [])
+    labelling = match_labels(found, DATA / "aberystwyth_s2_landcover" / "sen2_20210527_aber_cls.tif")
+    assert (len(labelling.pairs), labelling.without) == (16, [])
     with rasterio.open(DATA / "aberystwyth_s2_landcover" / "sen2_20210527_aber_cls.tif") as source:
         whole, affine = source.read(1), source.transform
     water, land = [], []
-    for scene, labels in pairs:
+    for scene, labels in labelling.pairs:
         assert isinstance(scene, RasterScene)
         read = labels.read(scene.grid.full)
         x, y = scene.grid.world((0, 0))

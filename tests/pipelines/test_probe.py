@@ -157,7 +157,7 @@ def test_tiles_and_the_class_token_can_be_probed(world: World) -> None:
     [
         ("alike", [], ["the tokens of side", "have fewer than two classes", "give more labels"]),
         ("alike", ["level=tile"], ["the tiles of side", "have fewer than two classes", "use level=token"]),
-        ("labels", ["ignore=[1,7]"], ["the labels hold classes [1, 2, 7] and [1, 7] are ignored; two classes are needed"]),
+        ("labels", ["ignore=[1,7]"], ["the labels hold classes [2] beside [1, 7], which are ignored; two classes are needed"]),
         ("labels", ["class_names=[a,b]"], ["class_names gives 2 names and the labels hold 3 classes: [1, 2, 7]"]),
         ("labels", ["prepare.split.val_fraction=0"], ["no tile is held out", "set prepare.split.val_fraction above 0"]),
     ],
