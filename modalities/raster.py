@@ -19,6 +19,7 @@ from modalities.class_band import ClassBand, MaskFile
 from modalities.grid import Grid, Window
 from modalities.label_raster import check_window, open_raster_labels
 from modalities.quality import Quality
+from modalities.raster_bands import DescribedBand, TimeSource, check_names, choose
 from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, quiet, read_bands, same_frame
 from modalities.resample import Resampling, align, bilinear, footprint, is_placed, repeated
 from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
@@ -36,28 +37,30 @@ class RasterSettings(AdapterSettings):
     """How to read multi-band rasters.
 
     Attributes:
-        bands: Names by position, for files whose bands are not all described; without it these are `band_1`, `band_2`, ….
-        radiometry: Scale and offset by file; the first match wins, then what the file says itself, then 1 and 0.
+        bands: Names by position, for files whose bands are not all described; without it these are `band_1`, `band_2`, …. Or entries
+            that say more (`{name: ETM_B1, position: 1, wavelength_nm: 485, unit: reflectance, scale: 0.004}`), which count for every
+            file and choose the channels and their order.
+        radiometry: Scale and offset by file; the first match wins, then what `bands` says, then what the file says itself, then 1 and 0.
         nodata: The value that means "nothing here", in place of the file's own.
+        time: Where a file's time of acquisition stands.
         exclude: Globs of relative paths or file names that are not looked at.
         require_georeference: Reject files without a CRS or an affine.
         cloud_mask: A file beside every image that says which of its pixels are bad.
     """
 
     kind: Literal["raster"] = "raster"
-    bands: tuple[str, ...] | None = Field(None, min_length=1)
+    bands: tuple[str | DescribedBand, ...] | None = Field(None, min_length=1)
     radiometry: tuple[Radiometry, ...] = ()
     nodata: float | None = None
+    time: TimeSource | None = None
     exclude: tuple[str, ...] = ()
     require_georeference: bool = False
     cloud_mask: MaskFile | None = None
 
     @field_validator("bands")
     @classmethod
-    def _unique(cls, bands: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        twice = [name for name, count in Counter(bands or ()).items() if count > 1]
-        if twice:
-            raise ValueError(f"a band can be named once only, named twice: {', '.join(twice)}")
+    def _unique(cls, bands: tuple[str | DescribedBand, ...] | None) -> tuple[str | DescribedBand, ...] | None:
+        check_names(bands or ())
         return bands
 
 
@@ -209,19 +212,22 @@ def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) 
 def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
     if settings.require_georeference and not (file.grid.frame and is_placed(file.grid)):
         raise SceneError("it has no CRS and affine, and reader.require_georeference=true")
-    names = file.descriptions
-    if not all(names) or len(set(names)) < len(names):
-        names = settings.bands or tuple(f"band_{i + 1}" for i in range(file.count))
-    if len(names) != file.count:
-        raise SceneError(f"it has {file.count} bands where reader.bands names {len(names)} ({', '.join(names)})")
     bands = []
-    for i, name in enumerate(names):
-        scale, offset = radiometry(file, i, settings.radiometry)
-        channel = Channel(name, None, file.resolution_m, scale, offset)
-        nodata = file.nodata[i] if settings.nodata is None else settings.nodata
-        bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata, block=file.block))
+    for i, said in choose(file, settings.bands):
+        scale, offset = radiometry(file, i, (*settings.radiometry, *_said(file, i, said)))
+        channel = Channel(said.name, said.wavelength_nm, said.resolution_m or file.resolution_m, scale, offset, said.unit, said.level)
+        nodata = next((value for value in (said.nodata, settings.nodata) if value is not None), file.nodata[i])
+        bands.append(BandFile(file.path, file.indexes[i], channel, file.grid, file.dtypes[i], nodata, said.saturated, block=file.block))
     name = Path(file.relative).with_suffix("").as_posix()
-    return RasterScene(name, name, file.grid, tuple(bands))
+    return RasterScene(name, name, file.grid, tuple(bands), settings.time.read(file) if settings.time else ())
+
+
+def _said(file: RasterFile, position: int, said: DescribedBand) -> list[Radiometry]:
+    """What the description of a band says of its scale, for every file; nothing where it is silent."""
+    if said.scale is None and said.offset is None:
+        return []
+    scale = file.scales[position] if said.scale is None else said.scale
+    return [Radiometry(match="*", scale=scale, offset=file.offsets[position] if said.offset is None else said.offset)]
 
 
 def assemble(name: str, bands: list[BandFile], resampling: Resampling = "bilinear") -> tuple[RasterScene, list[tuple[BandFile, str]]]:

@@ -6,7 +6,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ class RasterFile:
         nodata: The value declared for nothing.
         scales, offsets: The file's own tags; 1 and 0 where there are none.
         block: Rows and columns of the largest block of any band; a strip is as wide as the file.
+        tags: The file's own metadata, that of the domain IMAGERY too.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class RasterFile:
     scales: tuple[float, ...]
     offsets: tuple[float, ...]
     block: tuple[int, int]
+    tags: Mapping[str, str]
 
     @property
     def count(self) -> int:
@@ -265,6 +267,7 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
         tuple(float(scale) for scale in of_data(source.scales)),
         tuple(float(offset) for offset in of_data(source.offsets)),
         (max(rows for rows, _ in source.block_shapes), max(columns for _, columns in source.block_shapes)),
+        {**source.tags(ns="IMAGERY"), **source.tags()},
     )
 
 
