@@ -45,7 +45,7 @@ class RasterSettings(AdapterSettings):
         time: Where a file's time of acquisition stands.
         exclude: Globs of relative paths or file names that are not looked at.
         require_georeference: Reject files without a CRS or an affine.
-        cloud_mask: A file beside every image that says which of its pixels are bad.
+        clouds: A file beside every image that says which of its pixels are bad.
     """
 
     kind: Literal["raster"] = "raster"
@@ -55,7 +55,7 @@ class RasterSettings(AdapterSettings):
     time: TimeSource | None = None
     exclude: tuple[str, ...] = ()
     require_georeference: bool = False
-    cloud_mask: MaskFile | None = None
+    clouds: MaskFile | None = None
 
     @field_validator("bands")
     @classmethod
@@ -198,14 +198,14 @@ def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) 
     """
     scenes: list[RasterScene] = []
     rejected: list[Rejected] = []
-    images, masks = split_masks(files, settings.cloud_mask)
+    images, masks = split_masks(files, settings.clouds)
     for path in images:
         relative = path.relative_to(folder).as_posix()
         try:
             scenes.append(_scene(inspect(path, relative), settings))
         except SceneError as error:
             rejected.append(Rejected(relative, str(error)))
-    scenes, without = with_masks(scenes, masks, folder, settings.cloud_mask)
+    scenes, without = with_masks(scenes, masks, folder, settings.clouds)
     return name_uniquely(scenes, folder), rejected + without
 
 
@@ -274,7 +274,7 @@ def split_masks(files: Iterable[Path], wanted: MaskFile | None) -> tuple[list[Pa
     """The files that are images, and those that are a mask of another file."""
     found = sorted(files)
     names = _by_folder(found)
-    masks = {mask for file in found for mask in wanted.beside(file, names)} if wanted else set()
+    masks = {path for file in found for path in wanted.beside(file, names)} if wanted else set()
     return [file for file in found if file not in masks], sorted(masks)
 
 
@@ -290,21 +290,21 @@ def with_masks(
     for scene in scenes:
         try:
             beside = _only(wanted.beside(scene.files[0], names), wanted)
-            kept.append(with_classes(scene, *(wanted.band(_inspected(mask, folder)) for mask in beside)))
+            kept.append(with_classes(scene, *(wanted.band(_inspected(path, folder)) for path in beside)))
             used.update(beside)
         except SceneError as error:
             rejected += [Rejected(file.relative_to(folder).as_posix(), str(error)) for file in scene.files]
-    rejected += [Rejected(mask.relative_to(folder).as_posix(), "a mask of no scene") for mask in sorted(set(masks) - used)]
+    rejected += [Rejected(path.relative_to(folder).as_posix(), "a mask of no scene") for path in sorted(set(masks) - used)]
     return kept, rejected
 
 
 def _only(beside: list[Path], wanted: MaskFile) -> list[Path]:
     if len(beside) > 1:
         raise SceneError(
-            f"{len(beside)} files fit {wanted.file} ({', '.join(mask.name for mask in beside)}); name one in reader.cloud_mask.file"
+            f"{len(beside)} files fit {wanted.file} ({', '.join(path.name for path in beside)}); name one in reader.clouds.file"
         )
     if not beside and wanted.required:
-        raise SceneError(f"there is no mask {wanted.file} of it; set reader.cloud_mask.required=false to use it without")
+        raise SceneError(f"there is no mask {wanted.file} of it; set reader.clouds.required=false to use it without")
     return beside
 
 
@@ -315,11 +315,11 @@ def _by_folder(files: Iterable[Path]) -> dict[Path, list[str]]:
     return names
 
 
-def _inspected(mask: Path, folder: Path) -> RasterFile:
+def _inspected(path: Path, folder: Path) -> RasterFile:
     try:
-        return inspect(mask, mask.relative_to(folder).as_posix(), colour_table=True)
+        return inspect(path, path.relative_to(folder).as_posix(), colour_table=True)
     except SceneError as error:
-        raise SceneError(f"its mask {mask.name} cannot be used: {error}") from error
+        raise SceneError(f"its mask {path.name} cannot be used: {error}") from error
 
 
 def name_uniquely(scenes: list[RasterScene], folder: Path) -> list[RasterScene]:

@@ -154,7 +154,7 @@ def masked(tmp_path: Path, how: MaskFile, **masks: np.ndarray) -> tuple[list[Ras
         write_world(tmp_path / f"{name}.tif", (8, 8))
     for name, values in masks.items():
         write_raster(tmp_path / f"{name}.tif", values[None], north_up(), nodata=0)
-    scenes, rejected = scan_rasters(tmp_path.glob("*.tif"), tmp_path, RasterSettings(cloud_mask=how))
+    scenes, rejected = scan_rasters(tmp_path.glob("*.tif"), tmp_path, RasterSettings(clouds=how))
     return scenes, [(item.file, item.reason) for item in rejected]
 
 
@@ -165,7 +165,7 @@ def test_a_mask_beside_images_by_one_name_and_by_theirs(tmp_path: Path) -> None:
     assert [scene.name for scene in scenes] == ["a", "b"]
     for scene in scenes:
         np.testing.assert_array_equal(scene.read(scene.grid.full)[1], cloud * Quality.CLOUD)
-    assert scan(tmp_path / "one", RasterSettings(cloud_mask=MaskFile(file="clouds.tif", cloud=(1,)))).num_used == 3
+    assert scan(tmp_path / "one", RasterSettings(clouds=MaskFile(file="clouds.tif", cloud=(1,)))).num_used == 3
     scenes, rejected = masked(
         tmp_path / "own", MaskFile(file="{stem}_valid.tif", nodata=(0,), required=False), a_valid=cloud, c_valid=cloud
     )
@@ -179,7 +179,7 @@ def test_images_without_their_mask_are_rejected_unless_told_otherwise(tmp_path: 
     assert [(scene.name, len(scene.files)) for scene in scenes] == [("a", 2), ("b", 1)]
     assert not rejected
     scenes, rejected = masked(tmp_path, MaskFile(file="{stem}_c*.tif", cloud=(1,)))
-    assert rejected == [("b.tif", "there is no mask {stem}_c*.tif of it; set reader.cloud_mask.required=false to use it without")]
+    assert rejected == [("b.tif", "there is no mask {stem}_c*.tif of it; set reader.clouds.required=false to use it without")]
     scenes, rejected = masked(tmp_path, MaskFile(file="{stem}_c*.tif", cloud=(1,)), a_cirrus=cloud)
     assert [scene.name for scene in scenes] == []
     assert "2 files fit {stem}_c*.tif (a_cirrus.tif, a_cloud.tif); name one" in dict(rejected)["a.tif"]
