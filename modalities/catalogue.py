@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +11,18 @@ from typing import Annotated
 from pydantic import Field
 
 from modalities.nifti import MriSettings, scan_volumes
-from modalities.place import group_by_place
-from modalities.raster import RasterSettings, scan_rasters
+from modalities.raster import RasterSettings
+from modalities.satellite import SatelliteSettings, scan_images
 from modalities.scene import Rejected, Scene, SceneError
-from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2
+from modalities.sentinel1 import Sentinel1Settings
+from modalities.sentinel2 import Sentinel2Settings
 
-ReaderSettings = Annotated[Sentinel2Settings | RasterSettings | MriSettings, Field(discriminator="kind")]
+ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings
+ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
 
-ENDINGS = {"sentinel2": (".tif", ".tiff", ".jp2"), "raster": (".tif", ".tiff", ".jp2"), "mri": (".nii", ".nii.gz")}
+VOLUMES = (".nii", ".nii.gz")
+"""Endings of files that hold volumes."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Catalogue:
         rejected: Files of the right kind that cannot be used, each with its reason.
         ignored: Files of another kind, or excluded by the settings; relative paths.
         num_files: All files found; equal to used + rejected + ignored.
+        readers: What read each scene, by its name: `sentinel2`, `elevation`, …
     """
 
     root: Path
@@ -39,6 +43,7 @@ class Catalogue:
     rejected: tuple[Rejected, ...]
     ignored: tuple[str, ...]
     num_files: int
+    readers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_used(self) -> int:
@@ -46,7 +51,7 @@ class Catalogue:
         return len({file for scene in self.scenes for file in scene.files})
 
 
-def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings) -> Catalogue:
+def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
     """Catalogue of a folder (searched to its depth) or of a single file.
 
     Raises:
@@ -57,29 +62,30 @@ def scan(root: Path, settings: Sentinel2Settings | RasterSettings | MriSettings)
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
     found = every_file(root)
     folder = root if root.is_dir() else root.parent
-    candidates: list[Path] = []
+    kept: list[Path] = []
     ignored: list[Path] = []
-    scenes: Sequence[Scene]
     for file in found:
         relative = file.relative_to(folder).as_posix()
         excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
-        wanted = file.name.lower().endswith(ENDINGS[settings.kind]) and not excluded
-        (candidates if wanted else ignored).append(file)
-    match settings:
-        case Sentinel2Settings():
-            images, rejected = scan_sentinel2(candidates, folder, settings)
-            scenes = group_by_place(images)
-        case RasterSettings():
-            images, rejected = scan_rasters(candidates, folder, settings)
-            scenes = group_by_place(images)
-        case MriSettings():
-            scenes, rejected = scan_volumes(candidates, folder, settings)
+        (ignored if excluded else kept).append(file)
+    scenes: Sequence[Scene]
+    rejected: Sequence[Rejected]
+    if isinstance(settings, MriSettings):
+        volumes = [file for file in kept if file.name.lower().endswith(VOLUMES)]
+        ignored += set(kept) - set(volumes)
+        scenes, rejected = scan_volumes(volumes, folder, settings)
+        readers: Mapping[str, str] = {}
+    else:
+        images = scan_images(kept, folder, settings)
+        ignored += images.ignored
+        scenes, rejected, readers = images.scenes, images.rejected, images.readers
     catalogue = Catalogue(
         root,
         tuple(sorted(scenes, key=lambda scene: scene.name)),
         tuple(sorted(rejected, key=lambda item: item.file)),
         tuple(sorted(file.relative_to(folder).as_posix() for file in ignored)),
         len(found),
+        readers,
     )
     _check(catalogue, settings.kind)
     return catalogue

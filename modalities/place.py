@@ -1,22 +1,41 @@
-"""Scenes that show the same ground are one group, whatever their CRS."""
+"""Scenes that show the same ground are one group, whatever their CRS and sensor; and each has a name of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from rasterio.warp import transform_bounds
 
 from modalities.grid import Grid
-from modalities.raster import RasterScene
 from modalities.raster_file import BROKEN
+from modalities.scene import Scene
 
 SHARED_GROUND = 0.05
 """Scenes that share more than this part of the smaller one's footprint show the same place."""
 
 
-def group_by_place(scenes: list[RasterScene]) -> list[RasterScene]:
+class Placed(Scene, Protocol):
+    """A scene that is a frozen dataclass with the fields `name` and `group`, as those of all images are."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S", bound=Placed)
+
+
+def name_apart(scenes: Sequence[S], folder: Path) -> list[S]:
+    """The scenes, those of one name renamed after their first file with its ending."""
+    seen = Counter(scene.name for scene in scenes)
+    full = [scene.name if seen[scene.name] == 1 else scene.files[0].relative_to(folder).as_posix() for scene in scenes]
+    return [replace(scene, name=name, group=name) for scene, name in zip(scenes, full, strict=True)]
+
+
+def group_by_place(scenes: Sequence[S]) -> list[S]:
     """The scenes with `group` set so that all that show the same ground share one, named after its first member.
 
     Two scenes show the same ground when their footprints share more than 5 % of the smaller one, which leaves

@@ -42,6 +42,7 @@ class PrepareSettings(Settings):
         1.0, ge=0, le=1, description="Tiles with a larger share of voxels under a cloud, its shadow or its border are thrown away"
     )
     max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
+    mix_levels: bool = Field(False, description="Whether one channel may come in several processing levels, such as B02 of L1C and of L2A")
     split: SplitSettings = SplitSettings()
     num_workers: int = Field(
         2, ge=0, description="Worker processes on this machine; 0, or a single task, is worked in this process without dask"

@@ -20,6 +20,7 @@ from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
+from pipelines.channel_conflicts import refuse_mixed
 from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
 from pipelines.shard_task import Keep, ShardTask, Stamps, shard_tasks, stamps_of
 from pipelines.tiling_plan import (
@@ -59,6 +60,11 @@ class TilingSettings(Protocol):
     @property
     def max_cloud_fraction(self) -> float:
         """Share of voxels under clouds above which a tile is thrown away."""
+        ...
+
+    @property
+    def mix_levels(self) -> bool:
+        """Whether a channel may come in several processing levels."""
         ...
 
     @property
@@ -132,6 +138,7 @@ def make_plan(
         encode_json(attributes)
     except (TypeError, ValueError) as error:
         raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
+    refuse_mixed(scenes, allow_levels=settings.mix_levels)
     document: dict[str, Any] = {
         "settings": {
             "tile": list(tile),

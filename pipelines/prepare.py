@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
+from rich.markup import escape
 
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
+from modalities.account import account
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
@@ -25,14 +27,15 @@ from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
-TILES = {"sentinel2": (128, 128), "raster": (128, 128), "mri": (64, 64, 64)}
+IMAGES = ("satellite", "sentinel2", "sentinel1", "raster")
+TILES = {**dict.fromkeys(IMAGES, (128, 128)), "mri": (64, 64, 64)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 
 
 class PrepareVerb(Settings):
     """Settings of `prepare`."""
 
-    modality: Literal["sentinel2", "raster", "mri"] = Field(description="Which adapter reads the files")
+    modality: Literal["satellite", "sentinel2", "sentinel1", "raster", "mri"] = Field(description="Which adapter reads the files")
     data: Path = Field(description="Folder of files, searched to its depth, or one file")
     out: Path = Field(description="Folder of the store to write")
     reader: ReaderSettings
@@ -107,10 +110,28 @@ def tell_catalogue(catalogue: Catalogue) -> None:
         f"[bold]{catalogue.num_files} files found[/]: {catalogue.num_used} used in {len(catalogue.scenes)} scenes, "
         f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded"
     )
+    if catalogue.readers:
+        tell_account(catalogue)
     if catalogue.rejected:
         reasons = Counter(item.reason for item in catalogue.rejected)
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}
         table("rejected", ("reason", "files", "first"), [(reason, str(count), first[reason]) for reason, count in reasons.most_common(12)])
+        if len(reasons) > 12:
+            console.print(f"… and {len(reasons) - 12} more reasons; result.json has them all")
+
+
+def tell_account(catalogue: Catalogue) -> None:
+    """Print what each adapter found: how many, of what level, when, where, which channels in which units."""
+    for entry in account(catalogue):
+        head = f"[bold]{escape(entry.reader)}[/]: {entry.scenes} scenes of {entry.places} places, from {entry.files} files"
+        lines = {
+            "level": entry.levels,
+            "acquired": entry.dates,
+            "CRS": entry.frames,
+            "channels": entry.channels,
+            "radiometry": entry.radiometry,
+        }
+        console.print(head + "".join(f"\n  {name:<10} {escape(text)}" for name, text in lines.items()))
 
 
 def tell_report(report: PreparationReport) -> None:
