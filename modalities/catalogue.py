@@ -16,8 +16,9 @@ from modalities.satellite import SatelliteSettings, scan_images
 from modalities.scene import Rejected, Scene, SceneError
 from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
+from modalities.series import SeriesSettings, scan_series
 
-ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings
+ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
 
@@ -76,7 +77,7 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         scenes, rejected = scan_volumes(volumes, folder, settings)
         readers: Mapping[str, str] = {}
     else:
-        images = scan_images(kept, folder, settings)
+        images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored
         scenes, rejected, readers = images.scenes, images.rejected, images.readers
     catalogue = Catalogue(

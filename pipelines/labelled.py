@@ -14,13 +14,14 @@ from mae_core.native import common_footprint
 from mae_core.nd import per_axis
 from mae_core.parallel import Parallel
 from mae_core.segmentation import Segmentation, columns_of
+from mae_core.settings import to_plain
 from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
-from pipelines.prepare import TILES, prepare_store, store_attributes
+from pipelines.prepare import prepare_store, store_attributes, usual_tile
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, reader_of
 
@@ -87,7 +88,7 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
     tell_labels(labelling)
     catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in labelling.pairs))
     labels = {scene.name: found for scene, found in labelling.pairs}
-    tile = settings.prepare.tile or TILES[about.modality]
+    tile = settings.prepare.tile or usual_tile(reader.kind, to_plain(reader))
     prepare = settings.prepare.model_copy(update={"tile": tile})
     attributes = class_attributes(labelling)
     plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)) | attributes)

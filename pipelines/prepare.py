@@ -30,12 +30,13 @@ DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, 
 IMAGES = ("satellite", "sentinel2", "sentinel1", "raster")
 TILES = {**dict.fromkeys(IMAGES, (128, 128)), "mri": (64, 64, 64)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
+SERIES_AXES = ("time", "y", "x")
 
 
 class PrepareVerb(Settings):
     """Settings of `prepare`."""
 
-    modality: Literal["satellite", "sentinel2", "sentinel1", "raster", "mri"] = Field(description="Which adapter reads the files")
+    modality: Literal["satellite", "sentinel2", "sentinel1", "raster", "series", "mri"] = Field(description="Which adapter reads the files")
     data: Path = Field(description="Folder of files, searched to its depth, or one file")
     out: Path = Field(description="Folder of the store to write")
     reader: ReaderSettings
@@ -63,16 +64,23 @@ def for_modality(values: Mapping[str, Any], modality: Any) -> dict[str, Any]:
     filled = dict(values)
     filled["reader"] = {"kind": modality, **dict(filled.get("reader") or {})}
     filled["prepare"] = dict(filled.get("prepare") or {})
-    if modality in TILES and not filled["prepare"].get("tile"):
-        filled["prepare"]["tile"] = TILES[modality]
+    if not filled["prepare"].get("tile"):
+        filled["prepare"]["tile"] = usual_tile(modality, filled["reader"])
     return filled
+
+
+def usual_tile(modality: Any, reader: Mapping[str, Any]) -> tuple[int, ...]:
+    """Size of a tile where none is set; a series is as long as its settings say. Empty for what is no modality."""
+    if modality == "series":
+        return (int(reader["dates"]), *TILES["satellite"]) if str(reader.get("dates", "")).isdecimal() else ()
+    return TILES.get(modality, ())
 
 
 def store_attributes(reader: ReaderSettings, axes: int) -> dict[str, Any]:
     """What a store tells about where its tiles come from."""
     return {
         "kind": reader.kind,
-        "axes": list(AXES[axes]),
+        "axes": list(SERIES_AXES if reader.kind == "series" else AXES[axes]),
         "reader": to_plain(reader),
         "no_value": NO_VALUE,
         "quality_bits": {flag.name: int(flag) for flag in Quality if flag},
