@@ -119,6 +119,7 @@ class Normaliser:
         seed: Of crops and flips.
         augment: What is drawn; None gives the crop at the centre of the real data, unturned.
         footprint: Voxels of the last two axes that crops begin at a multiple of, so that no measurement of a coarse channel is cut.
+        one_way: Number of leading axes that are never mirrored: time has a direction.
 
     Raises:
         ValueError: Crops would cut measurements, or windows are to be resized where a measurement fills several voxels.
@@ -131,6 +132,7 @@ class Normaliser:
     seed: int
     augment: AugmentSettings | None
     footprint: int = 1
+    one_way: int = 0
 
     def __post_init__(self) -> None:
         if any(size % part for size, part in zip(self.crop, self.block, strict=True)):
@@ -206,7 +208,7 @@ class Normaliser:
             steps = torch.arange(size).expand(len(origins), -1)
             if zoom is not None:
                 steps = (steps + 0.5) * zoom[:, None] - 0.5
-            if augment.flips:
+            if augment.flips and axis >= self.one_way:
                 steps = torch.where((bits >> axis & 1).bool()[:, None], steps.flip(1), steps)
             lines.append((origins[:, axis, None] + steps).clamp(min=0))
         placed = [line.reshape(len(line), *(-1 if other == axis else 1 for other in range(axes))) for axis, line in enumerate(lines)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from modalities.catalogue import Catalogue
 from modalities.scene import Channel, Scene
 from modalities.sentinel1 import Sentinel1Scene
+from modalities.series import SeriesScene
 
 SHOWN_FRAMES = 4
 
@@ -59,7 +60,7 @@ def _of_reader(reader: str, scenes: list[Scene]) -> ReaderAccount:
         _dates(scenes),
         _counted(frames, SHOWN_FRAMES),
         " ".join(some),
-        "; ".join(_counted([text]) if count == len(scenes) else f"{text} ({count})" for text, count in _radiometry(scenes).most_common()),
+        _counted(_radiometry(scene) for scene in scenes),
     )
 
 
@@ -85,14 +86,15 @@ def _dates(scenes: list[Scene]) -> str:
     return f"{known}, {lacking}" if known and unknown else known or lacking
 
 
-def _radiometry(scenes: list[Scene]) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for scene in scenes:
-        texts = sorted({_convention(channel) for channel in scene.channels})
-        if isinstance(scene, Sentinel1Scene):
-            texts = [f"dB, stored as {scene.stored}: {scene.evidence}"]
-        found[", ".join(texts)] += 1
-    return found
+def _radiometry(scene: Scene) -> str:
+    images = scene.images if isinstance(scene, SeriesScene) else (scene,)
+    return "; ".join(sorted({text for image in images for text in _conventions(image)}))
+
+
+def _conventions(image: Scene) -> set[str]:
+    if isinstance(image, Sentinel1Scene):
+        return {f"dB, stored as {image.stored}: {image.evidence}"}
+    return {_convention(channel) for channel in image.channels}
 
 
 def _convention(channel: Channel) -> str:

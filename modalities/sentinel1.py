@@ -16,9 +16,9 @@ from pydantic import Field, field_validator
 
 from modalities.grid import Grid, Window
 from modalities.quality import Quality
-from modalities.raster import Radiometry, RasterLabels, RasterScene, radiometry
+from modalities.raster import Radiometry, RasterScene, radiometry
 from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain
-from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
 
 Stored = Literal["dB", "power", "amplitude"]
 Polarisation = Literal["VV", "VH", "HH", "HV"]
@@ -143,7 +143,7 @@ class Sentinel1Scene:
                 quality |= np.where(noise, np.uint8(Quality.OUTSIDE), np.uint8(0))
         return values, quality
 
-    def open_labels(self, path: Path) -> RasterLabels:
+    def open_labels(self, path: Path) -> LabelMap:
         """The class numbers in a raster on this scene's lattice."""
         return self.source.open_labels(path)
 

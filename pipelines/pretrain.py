@@ -66,7 +66,7 @@ class PretrainRecipe(Settings):
     """All that shapes a pretraining, whatever the tiles come from."""
 
     crop: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile"
+        (), max_length=3, description="Voxels per axis that the model sees; empty: three quarters of the tile, and all dates of a series"
     )
     model: ModelSettings = ModelSettings()
     hiding: HidingSettings = RandomHiding()
@@ -94,11 +94,14 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     """
     axes = len(store.space)
     try:
+        in_time = store_in_time(store)
         patch = per_axis(recipe.model.encoder.patch, axes, "model.encoder.patch")
+        patch = (1, *patch[1:]) if in_time and len(recipe.model.encoder.patch) == 1 else patch
         stride = per_axis(recipe.model.encoder.stride, axes, "model.encoder.stride") if recipe.model.encoder.stride else ()
         step = stride or patch
         margins(patch, step)
         usual = tuple(max(part, size * 3 // 4 // part * part) for size, part in zip(store.space, step, strict=True))
+        usual = (store.space[0] // step[0] * step[0], *usual[1:]) if in_time else usual
         crop = per_axis(recipe.crop, axes, "crop") if recipe.crop else usual
         grid = token_grid(crop, step)
         sizes = footprints_for(recipe, store)
@@ -286,7 +289,14 @@ def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment:
         raise RunError(
             f"channels {flat} are constant over all training voxels of {store.label}; leave them out with reader.channels and prepare again"
         )
-    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment, common_footprint([1, *footprints_of(store).values()]))
+    footprint = common_footprint([1, *footprints_of(store).values()])
+    one_way = int(store_in_time(store))
+    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment, footprint, one_way)
+
+
+def store_in_time(store: TileStore) -> bool:
+    """True for a store of series, whose first axis is time: all dates are cropped, and a single patch size is one of space."""
+    return tuple(store.attributes.get("axes", ()))[:1] == ("time",)
 
 
 def spacing(store: TileStore) -> NDArray[np.float64]:

@@ -14,9 +14,10 @@ from modalities.sentinel2 import Sentinel2Settings
 from pipelines.command_line import run
 from pipelines.from_archive import EXPECTED_ERRORS, ArchiveRecipe, check_archive, pretrain_archive
 from pipelines.preparation import PrepareSettings
+from pipelines.prepare import usual_tile
 
 DESCRIPTION = "a folder of satellite products becomes a pretrained, registered encoder; a second call resumes, and prepares nothing twice"
-DEFAULTS = {"reader.kind": "satellite", "prepare.tile": [128, 128], "augment.quarter_turns": True}
+DEFAULTS = {"reader.kind": "satellite", "augment.quarter_turns": True}
 
 
 class PretrainSentinelSettings(ArchiveRecipe):
@@ -29,13 +30,15 @@ class PretrainSentinelSettings(ArchiveRecipe):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_sensor_by_its_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _reader_by_its_keys_and_tile_by_reader(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Settings such as `reader.channels` have meant Sentinel-2 before there was a reader of mixed products, and still do."""
         reader = dict(values.get("reader") or {})
         mixed, one = SatelliteSettings.model_fields.keys(), Sentinel2Settings.model_fields.keys()
         if reader.get("kind") == "satellite" and not reader.keys() <= mixed and reader.keys() <= one:
             reader["kind"] = "sentinel2"
-        return {**values, "reader": reader}
+        prepare = dict(values.get("prepare") or {})
+        prepare["tile"] = prepare.get("tile") or usual_tile(reader.get("kind"), reader)
+        return {**values, "reader": reader, "prepare": prepare}
 
 
 def work(settings: PretrainSentinelSettings) -> int:
