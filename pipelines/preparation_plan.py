@@ -138,7 +138,6 @@ def make_plan(
         encode_json(attributes)
     except (TypeError, ValueError) as error:
         raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
-    refuse_mixed(scenes, allow_levels=settings.mix_levels)
     document: dict[str, Any] = {
         "settings": {
             "tile": list(tile),
@@ -148,7 +147,7 @@ def make_plan(
             **({"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}),
             "split": settings.split.document(),
         },
-        "channels": [asdict(channel) for channel in _channels(scenes)],
+        "channels": [asdict(channel) for channel in _channels(scenes, allow_levels=settings.mix_levels)],
         "dtype": _dtype(scenes),
         "labelled": bool(labels),
         "attributes": dict(attributes),
@@ -299,8 +298,9 @@ def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[s
     return labels
 
 
-def _channels(scenes: Sequence[Scene]) -> tuple[Channel, ...]:
-    """The first scene's channels in its order, then what others add in theirs."""
+def _channels(scenes: Sequence[Scene], *, allow_levels: bool) -> tuple[Channel, ...]:
+    """The first scene's channels in its order, then what others add in theirs; one name means one thing in all of them."""
+    refuse_mixed(scenes, allow_levels=allow_levels)
     channels: dict[str, Channel] = {}
     for scene in scenes:
         names = [channel.name for channel in scene.channels]
