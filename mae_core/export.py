@@ -43,6 +43,7 @@ class Description(Settings):
         colours: Red, green and blue (0 to 255) of each class, in the same order; empty where none were given.
         units: Of the physical values per channel; empty strings where nobody said.
         levels: Processing levels that the training data of each channel had, such as `L2A`; empty where nobody said.
+        wavelengths_nm: Centre wavelength of each channel, None where it has none; empty where nobody said.
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
     """
@@ -63,6 +64,7 @@ class Description(Settings):
     colours: tuple[tuple[int, int, int], ...] = ()
     units: tuple[str, ...] = ()
     levels: tuple[tuple[str, ...], ...] = ()
+    wavelengths_nm: tuple[float | None, ...] = ()
     reader: dict[str, Any]
     lineage: dict[str, str]
 

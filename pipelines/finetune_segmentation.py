@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mae_core.augment import AugmentSettings
+from mae_core.bands import BandSettings
 from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
@@ -34,6 +35,7 @@ from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Block, Encoder
 from modalities.label_file import LabelOptions
 from modalities.scene import SceneError
+from pipelines.bands import store_matching
 from pipelines.command_line import run
 from pipelines.kernels import checked_attention
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_store, labelled_task, missing
@@ -64,6 +66,7 @@ class FinetuneSettings(Settings):
     ignore: tuple[int, ...] = Field((), description="Class numbers that count nowhere")
     label_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training groups whose labels are used")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the encoder was pretrained with")
+    bands: BandSettings = BandSettings()
     crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: as in pretraining")
     overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops when held-out tiles are labelled")
     layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
@@ -169,8 +172,9 @@ def _compare(job: Job) -> dict[str, Any]:
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
         facts = _register(job, arms[0], tracker)
     summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores}
+    bands = store_matching(job.about, job.store, settings.bands).table()
     groups = {side: len(set(job.store.index.group[rows].tolist())) for side, rows in (("train", job.rows), ("val", job.task.held_out))}
-    return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, **facts})
+    return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, "bands": bands, **facts})
 
 
 def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[str, float]:

@@ -9,16 +9,18 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from mae_core.augment import Normaliser
+from mae_core.bands import BandSettings
 from mae_core.export import Description
 from mae_core.native import common_footprint
 from mae_core.nd import per_axis
 from mae_core.parallel import Parallel
-from mae_core.segmentation import Segmentation, columns_of
+from mae_core.segmentation import Segmentation
 from mae_core.settings import to_plain
 from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
+from pipelines.bands import store_matching, tell_bands
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes, usual_tile
@@ -27,9 +29,6 @@ from pipelines.run_folder import RunError, reader_of
 
 Colour = Annotated[str, Field(pattern="^#?[0-9A-Fa-f]{6}$")]
 MOST_NOTES = 20
-MAX_SHIFT = 10.0
-"""Standard deviations by which a channel's mean may differ from the pretraining data's before it is taken for other units."""
-
 
 class Labelled(Protocol):
     """What is asked of the settings of a verb that reads images with labels."""
@@ -53,6 +52,10 @@ class Labelled(Protocol):
     @property
     def reader(self) -> dict[str, Any]:
         """Changes to the adapter's settings."""
+
+    @property
+    def bands(self) -> BandSettings:
+        """How channels are found among the encoder's."""
 
     @property
     def prepare(self) -> PrepareSettings:
@@ -139,13 +142,13 @@ def labelled_task(settings: Labelled, about: Description, store: TileStore, batc
     names = settings.class_names or tuple(said.get(str(value), f"class {value}") for value in values)
     if len(set(names)) < len(names):
         raise RunError(f"two classes are called the same: {', '.join(names)}; give class_names, one for each of {list(values)}")
+    matching = store_matching(about, store, settings.bands)
+    tell_bands(matching)
     known = dict(zip(about.channels, zip(about.mean, about.std, strict=True), strict=True))
-    check_units(store, known)
-    mean, std = zip(*(known.get(name, (0.0, 1.0)) for name in store.channels), strict=True)
+    mean, std = zip(*(known.get(name, (0.0, 1.0)) for name in matching.names), strict=True)
     footprint = common_footprint([1, *about.encoder.footprints.values()])
     normaliser = Normaliser(fitting_crop(settings, about, store), mean, std, about.no_value, 0, None, footprint)
-    columns = columns_of(about.channels, store.channels)
-    return Segmentation(values, names, columns, normaliser, store, store.rows("val"), batch_size, parallel)
+    return Segmentation(values, names, matching.columns, normaliser, store, store.rows("val"), batch_size, parallel)
 
 
 def colours_of(settings: Labelled, store: TileStore, values: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
@@ -162,18 +165,3 @@ def fitting_crop(settings: Labelled, about: Description, store: TileStore) -> tu
     """The crop that is set, or that of pretraining, cut down to whole tokens that fit into the store's tiles."""
     crop = per_axis(settings.crop, len(store.space), "crop") if settings.crop else about.crop
     return tuple(min(size, room // part * part) for size, room, part in zip(crop, store.space, about.encoder.step, strict=True))
-
-
-def check_units(store: TileStore, known: dict[str, tuple[float, float]]) -> None:
-    """Refuse data whose values are on another scale than the encoder was pretrained on.
-
-    Raises:
-        RunError: A channel's mean lies far outside; the message gives both.
-    """
-    for name, here in zip(store.channels, store.statistics.mean, strict=True):
-        if name in known and abs(here - known[name][0]) > MAX_SHIFT * known[name][1]:
-            there, width = known[name]
-            raise RunError(
-                f"channel {name} has mean {here:.4g} here and {there:.4g} ± {width:.4g} in the encoder's pretraining: other units; "
-                "set the scale and offset of the reader, such as reader.radiometry"
-            )

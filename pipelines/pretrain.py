@@ -17,6 +17,7 @@ from pydantic import Field
 
 from mae_core.attention import AttentionError
 from mae_core.augment import AugmentSettings, Normaliser
+from mae_core.bands import bands_of
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
 from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, PerceptualLoss, Pretraining, fit_basis
@@ -34,6 +35,7 @@ from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
 from mae_core.vit import channel_groups
+from pipelines.bands import described
 from pipelines.command_line import run
 from pipelines.kernels import checked_attention
 from pipelines.progress import console, training
@@ -272,6 +274,7 @@ def _finish(store: TileStore, out: Path, recipe: PretrainRecipe, model: MaskedAu
         encoder=recipe.model.encoder,
         reader=store.attributes["reader"],
         lineage=lineage,
+        **described(bands_of(store.attributes["channels"])),
     )
     weights = save_model(out / "model", model.encoder, description)
     registered = tracker.register(out / "model", description, None)

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mae_core.bands import BandSettings
 from mae_core.checkpoint import sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, load_encoder
@@ -22,6 +23,7 @@ from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
 from modalities.label_file import LabelOptions
+from pipelines.bands import store_matching
 from pipelines.command_line import run
 from pipelines.finetune_segmentation import EXPECTED
 from pipelines.labelled import Colour, labelled_store, labelled_task, missing
@@ -65,6 +67,7 @@ class ProbeSettings(Settings):
     class_colours: tuple[Colour, ...] = Field((), description="#rrggbb of the classes by rising number (default: as in the labels)")
     ignore: tuple[int, ...] = Field((), description="Class numbers that count nowhere")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the encoder was pretrained with")
+    bands: BandSettings = BandSettings()
     crop: tuple[int, ...] = Field((), max_length=3, description="Voxels per axis that the model sees; empty: as in pretraining")
     linear: LinearSettings = LinearSettings()
     k: int = Field(20, ge=1, description="Nearest neighbours that vote")
@@ -92,7 +95,8 @@ def work(settings: ProbeSettings) -> int:
             task = make_task(settings, about, store, parallel)
             figures = measured(settings, task, encoder, about)
             told = track(settings, task, figures, version)
-            done = finish(settings.out, "probe", config, {"figures": figures, "digests": digests, "mlflow": told})
+            bands = store_matching(about, store, settings.bands).table()
+            done = finish(settings.out, "probe", config, {"figures": figures, "bands": bands, "digests": digests, "mlflow": told})
     tell(done)
     return 0
 
