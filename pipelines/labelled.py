@@ -30,6 +30,7 @@ from pipelines.run_folder import RunError, reader_of
 Colour = Annotated[str, Field(pattern="^#?[0-9A-Fa-f]{6}$")]
 MOST_NOTES = 20
 
+
 class Labelled(Protocol):
     """What is asked of the settings of a verb that reads images with labels."""
 

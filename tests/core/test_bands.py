@@ -51,6 +51,7 @@ def test_by_wavelength_the_nearest_pair_goes_first_and_no_channel_is_fed_twice()
         "B12": "OLI_B7",
     }
     assert found.absent == ("B08",)
+    assert match_bands(MODEL, OTHER, BandSettings(match="wavelength", max_distance_nm=40)) == found, "OLI_B5 is taken"
     assert ["B02", "OLI_B2", "482 nm for 492.4 nm"] in found.table()
     assert found.names == ("B02", "B03", "B04", "B8A", "B11", "B12")
     assert match_bands(MODEL, OTHER, BandSettings(match="wavelength", max_distance_nm=1)).columns.count(-1) == 6
