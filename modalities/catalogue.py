@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from modalities.landsat import LandsatSettings
 from modalities.nifti import MriSettings, scan_volumes
 from modalities.raster import RasterSettings
 from modalities.satellite import SatelliteSettings, scan_images
@@ -18,7 +19,7 @@ from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
 
-ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings | SeriesSettings
+ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
 

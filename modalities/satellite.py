@@ -12,23 +12,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from modalities.landsat import LandsatSettings, scan_landsat
 from modalities.place import Placed, group_by_place, name_apart
 from modalities.raster import RasterSettings, scan_rasters
+from modalities.raster_bands import DescribedBand
 from modalities.scene import AdapterSettings, Rejected
 from modalities.sentinel1 import Sentinel1Settings, polarisation, scan_sentinel1
 from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2, split_band
 
-SensorSettings = Annotated[Sentinel2Settings | Sentinel1Settings | RasterSettings, Field(discriminator="kind")]
+SensorSettings = Annotated[Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings, Field(discriminator="kind")]
 """How files of one sensor are read, told apart by `kind`."""
 
 ENDINGS = {
     "sentinel2": (".tif", ".tiff", ".jp2"),
     "sentinel1": (".tif", ".tiff"),
+    "landsat": (".tif", ".tiff"),
     "raster": (".tif", ".tiff", ".jp2"),
 }
 """Files that an adapter looks at."""
 
 PRODUCTS = {
+    "landsat": re.compile(r"(?:^|[^a-z0-9])(?:l[a-z]0\d_l[12][a-z]{2}_\d{6}_|hls\.[ls]30\.)", re.IGNORECASE),
     "sentinel1": re.compile(r"s1[a-d][_-](?:iw|ew|s\d|wv)", re.IGNORECASE),
     "sentinel2": re.compile(r"s2[a-d]_msi", re.IGNORECASE),
 }
@@ -64,8 +68,8 @@ class SatelliteSettings(AdapterSettings):
 
     Attributes:
         sources: Which files are read how; the first match wins. What none matches is recognised by the names of products,
-            folders and bands: Sentinel-1, elevation, and else Sentinel-2.
-        sentinel2, sentinel1, elevation: How recognised files are read.
+            folders and bands: Landsat and HLS, Sentinel-1, elevation, and else Sentinel-2.
+        sentinel2, sentinel1, landsat, elevation: How recognised files are read.
         exclude: Globs of relative paths or file names that are not looked at.
     """
 
@@ -73,7 +77,8 @@ class SatelliteSettings(AdapterSettings):
     sources: tuple[Source, ...] = ()
     sentinel2: Sentinel2Settings = Sentinel2Settings()
     sentinel1: Sentinel1Settings = Sentinel1Settings()
-    elevation: RasterSettings = RasterSettings(bands=("DEM",))
+    landsat: LandsatSettings = LandsatSettings()
+    elevation: RasterSettings = RasterSettings(bands=(DescribedBand(name="DEM", position=1, unit="m"),))
     exclude: tuple[str, ...] = ()
 
 
@@ -95,7 +100,9 @@ class Found:
 
 
 def scan_images(
-    files: Sequence[Path], folder: Path, settings: SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings
+    files: Sequence[Path],
+    folder: Path,
+    settings: SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings,
 ) -> Found:
     """Scenes of one adapter or of several, each with a name of its own, grouped by the ground that they show whatever the sensor."""
     if isinstance(settings, SatelliteSettings):
@@ -135,7 +142,7 @@ def recognise(relative: str) -> str:
 def _shared_out(files: Iterable[Path], folder: Path, settings: SatelliteSettings) -> list[tuple[str, str, SensorSettings, list[Path]]]:
     """For every reader that has files: what it is called, the key of its settings, these, and its files."""
     readers: dict[str, tuple[str, SensorSettings]] = {
-        name: (f"reader.{name}", getattr(settings, name)) for name in ("sentinel2", "sentinel1", "elevation")
+        name: (f"reader.{name}", getattr(settings, name)) for name in ("sentinel2", "sentinel1", "landsat", "elevation")
     }
     for number, source in enumerate(settings.sources):
         readers[f"{number} {source.label}"] = (f"reader.sources[{number}].reader", source.reader)
@@ -169,6 +176,8 @@ def _by_one(files: Iterable[Path], folder: Path, settings: SensorSettings) -> tu
             scenes, rejected = scan_sentinel2(candidates, folder, settings)
         case Sentinel1Settings():
             scenes, rejected = scan_sentinel1(candidates, folder, settings)
+        case LandsatSettings():
+            scenes, rejected = scan_landsat(candidates, folder, settings)
         case RasterSettings():
             scenes, rejected = scan_rasters(candidates, folder, settings)
     return list(scenes), rejected, ignored

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from modalities.grid import Grid, Window
+from modalities.landsat import LandsatSettings
 from modalities.place import Placed
 from modalities.raster import RasterSettings
 from modalities.satellite import Found, SatelliteSettings, scan_images
@@ -35,9 +36,9 @@ class SeriesSettings(AdapterSettings):
     """
 
     kind: Literal["series"] = "series"
-    of: Annotated[SatelliteSettings | Sentinel2Settings | Sentinel1Settings | RasterSettings, Field(discriminator="kind")] = (
-        SatelliteSettings()
-    )
+    of: Annotated[
+        SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings, Field(discriminator="kind")
+    ] = SatelliteSettings()
     dates: int = Field(ge=2, le=1000)
     min_dates: int | None = Field(None, ge=2)
     exclude: tuple[str, ...] = ()

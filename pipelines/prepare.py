@@ -27,7 +27,7 @@ from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
-IMAGES = ("satellite", "sentinel2", "sentinel1", "raster")
+IMAGES = ("satellite", "sentinel2", "sentinel1", "landsat", "raster")
 TILES = {**dict.fromkeys(IMAGES, (128, 128)), "mri": (64, 64, 64)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 SERIES_AXES = ("time", "y", "x")
@@ -36,7 +36,9 @@ SERIES_AXES = ("time", "y", "x")
 class PrepareVerb(Settings):
     """Settings of `prepare`."""
 
-    modality: Literal["satellite", "sentinel2", "sentinel1", "raster", "series", "mri"] = Field(description="Which adapter reads the files")
+    modality: Literal["satellite", "sentinel2", "sentinel1", "landsat", "raster", "series", "mri"] = Field(
+        description="Which adapter reads the files"
+    )
     data: Path = Field(description="Folder of files, searched to its depth, or one file")
     out: Path = Field(description="Folder of the store to write")
     reader: ReaderSettings

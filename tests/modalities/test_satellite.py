@@ -77,6 +77,9 @@ def check_counts(catalogue: Catalogue) -> None:
         ("v1.1/S1Hand/Bolivia_103757_S1Hand.tif", "sentinel1"),
         ("S2Hand/Bolivia_103757_S2Hand.tif", "sentinel2"),
         (f"{OPTICAL}.SAFE/GRANULE/x/IMG_DATA/R10m/T33TWM_20200223T032739_B02_10m.jp2", "sentinel2"),
+        ("LC08_L2SP_193026_20200705_20200913_02_T1_SR_B4.TIF", "landsat"),
+        ("hls/HLS.S30.T33UUP.2020187T101031.v2.0.B8A.tif", "landsat"),
+        ("LC08_L2SP_193026_20200705_20200913_02_T1/B4.tif", "landsat"),
         ("anything.tif", "sentinel2"),
     ],
 )
