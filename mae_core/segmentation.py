@@ -1,10 +1,9 @@
-"""Segmentation as a task of the loop, its measures, and the label map of a whole scene."""
+"""Segmentation as a task of the loop, and its measures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.augment import Batch, Normaliser, RawBatch, normalise
-from mae_core.context import Context, only_spacing
-from mae_core.export import Description, ModelError
+from mae_core.augment import Batch, Normaliser, RawBatch
+from mae_core.context import Context
+from mae_core.export import ModelError
 from mae_core.heads import Segmenter
 from mae_core.loader import fixed_batches, read_rows
 from mae_core.masking import Sample
 from mae_core.parallel import Parallel
 from mae_core.store import TileStore
-from mae_core.tiling import blended
+from mae_core.tiling import Blend, Window
 from mae_core.train import Loss
 
 IGNORE = -1
@@ -180,14 +179,25 @@ def probabilities(
 ) -> Float[Tensor, "class *space"]:
     """Class probabilities of an array of any size in normalised units, from blended crops; what a crop lacks is padded without value."""
 
-    def predict(window: tuple[slice, ...]) -> Tensor:
-        part, known = pixels[(slice(None), *window)], has_value[window]
-        missing = [want - have for want, have in zip(crop, known.shape, strict=True)]
-        padding = [amount for extra in reversed(missing) for amount in (0, extra)]
-        scores: Tensor = model(F.pad(part, padding)[None], F.pad(known, padding)[None], context)[0].float()
-        return scores.softmax(dim=0).cpu()
+    def predict(windows: list[Window]) -> Tensor:
+        chosen = [(pixels[(slice(None), *window)], has_value[window]) for window in windows]
+        return chances(model, crop, torch.stack([part for part, _ in chosen]), torch.stack([known for _, known in chosen]), context)
 
-    return blended(has_value.shape, crop, overlap, predict)
+    return Blend(tuple(has_value.shape), tuple(crop), overlap, predict).whole()
+
+
+def chances(
+    model: Segmenter,
+    crop: Sequence[int],
+    pixels: Float[Tensor, "batch channel *space"],
+    has_value: Bool[Tensor, "batch *space"],
+    context: Context | None,
+) -> Float[Tensor, "batch class *crop"]:
+    """Class probabilities, in main memory, of arrays that are at most as large as a crop and padded to it without value."""
+    missing = [want - have for want, have in zip(crop, has_value.shape[1:], strict=True)]
+    padding = [amount for extra in reversed(missing) for amount in (0, extra)]
+    scores: Tensor = model(F.pad(pixels, padding), F.pad(has_value, padding), context).float()
+    return scores.softmax(dim=1).cpu()
 
 
 @torch.inference_mode()
@@ -210,57 +220,3 @@ def confusion_by_scene(task: Segmentation, model: Segmenter, overlap: float) -> 
 def _unnamed() -> Sample:
     zero = torch.zeros(1, dtype=torch.int64)
     return Sample(zero, zero, zero)
-
-
-Reader = Callable[[tuple[slice, ...]], tuple[NDArray[Any], NDArray[np.uint8]]]
-"""Pixels `(channel, *space)` as stored and quality flags of a window of a scene."""
-
-
-@dataclass(frozen=True)
-class Labeller:
-    """A segmenter with all that is needed to label whole scenes.
-
-    Attributes:
-        model: In evaluation mode.
-        description: How it is fed.
-        overlap: Least share of a crop that neighbouring crops have in common.
-        no_label: Class number written where a scene has no value.
-    """
-
-    model: Segmenter
-    description: Description
-    overlap: float
-    no_label: int
-
-    @torch.inference_mode()
-    def label(
-        self,
-        read: Reader,
-        space: Sequence[int],
-        spacing: Sequence[float],
-        channels: Sequence[str],
-        scale: Sequence[float],
-        offset: Sequence[float],
-    ) -> NDArray[np.uint8]:
-        """Class numbers `(*space)` of a scene whose stored values become physical by `scale` and `offset` per channel.
-
-        Its voxels lie `spacing` metres or millimetres apart along each axis.
-
-        The whole scene and its class probabilities are held in memory.
-
-        Raises:
-            ModelError: The scene has none of the model's channels.
-        """
-        about = self.description
-        columns = columns_of(about.channels, channels)
-        pixels, quality = read(tuple(slice(0, size) for size in space))
-        chosen = torch.from_numpy(np.ascontiguousarray(pixels[[max(column, 0) for column in columns]]))
-        gains = [torch.tensor([[values[max(column, 0)] for column in columns]]) for values in (scale, offset)]
-        fed = normalise(chosen[None], gains[0], gains[1], about.mean, about.std)[0]
-        has_value = torch.from_numpy((quality & about.no_value) == 0)
-        absent = torch.tensor(columns) < 0
-        fed = torch.where(has_value & ~absent.reshape(-1, *(1,) * len(space)), fed, 0.0)
-        context = only_spacing(torch.tensor([list(spacing)], dtype=torch.float32))
-        best = probabilities(self.model, about.crop, self.overlap, fed, has_value, context).argmax(dim=0)
-        values = torch.tensor([value for value, _ in about.classes], dtype=torch.uint8)
-        return np.asarray(torch.where(has_value, values[best], self.no_label).to(torch.uint8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -11,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from modalities.class_band import ClassBand, MaskFile
+from modalities.cog import Layout, RasterBand, write_raster
 from modalities.grid import Grid, Window
 from modalities.label_raster import check_window, open_raster_labels
 from modalities.quality import Quality
 from modalities.raster_bands import DescribedBand, TimeSource, check_names, choose
-from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, quiet, read_bands, same_frame
+from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, read_bands, same_frame
 from modalities.resample import Resampling, align, bilinear, footprint, is_placed, repeated
 from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
 
@@ -157,30 +156,17 @@ class RasterScene:
         return open_raster_labels(path, self.grid, self.name)[0]
 
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
-        """A deflated GeoTIFF with the CRS and the very affine of the reference band's file."""
+        """A COG with the CRS and the very affine of the reference band's file."""
         if labels.shape != self.grid.space or labels.dtype != np.uint8 or not 0 <= no_label <= 255:
             raise SceneError(
                 f"labels for {self.name} must be uint8 of shape {self.grid.space} with no_label in 0…255, "
                 f"got {labels.dtype} of shape {labels.shape} with {no_label}"
             )
-        place = self._place()
-        height, width = self.grid.space
-        blocks: dict[str, Any] = {"tiled": True, "blockxsize": 256, "blockysize": 256} if min(height, width) >= 256 else {}
-        profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": no_label}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with rasterio.Env(GDAL_PAM_ENABLED="NO"), quiet():
-                target = rasterio.open(partial, "w", compress="deflate", **profile, **place, **blocks)
-            with target:
-                target.write(labels, 1)
-            partial.replace(path)
-        except BROKEN as error:
-            raise SceneError(f"cannot write {path}: {plain(error, partial)}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        layout = Layout((labels.shape[0], labels.shape[1]), self.place(), (RasterBand("class"),), "uint8", no_label, overviews="nearest")
+        write_raster(path, layout, labels[None])
 
-    def _place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
+        """CRS and the very affine of the reference band's file, as rasterio wants them; empty where the scene has no place."""
         path = self.reference.path
         try:
             with opened(path) as source:

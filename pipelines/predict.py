@@ -1,30 +1,37 @@
-"""A segmenter labels files: class numbers go back as GeoTIFF or NIfTI in each source's own geometry."""
+"""A segmenter labels files: class numbers go back as COG or NIfTI in each source's own geometry."""
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from mae_core.checkpoint import sha256
-from mae_core.export import WEIGHTS, ModelError, load_segmenter
-from mae_core.segmentation import Labeller
+from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
+from mae_core.labelling import Labeller
+from mae_core.parallel import DeviceError, processes
+from mae_core.segmentation import columns_of
 from mae_core.settings import Settings, to_plain
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
-from modalities.ground import metres_apart
-from modalities.scene import Scene, SceneError, fingerprint
+from modalities.cog import UNFINISHED, little_cache
+from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.command_line import run
+from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of
 
-DESCRIPTION = "a segmenter labels files; class numbers go back as GeoTIFF or NIfTI in the source's own geometry"
-EXPECTED = (ModelError, SceneError, TrackingError, RunError)
+DESCRIPTION = "a segmenter labels files; class numbers go back as COG or NIfTI in the source's own geometry"
+EXPECTED = (ModelError, SceneError, TrackingError, RunError, DeviceError)
 
 
 class PredictSettings(Settings):
@@ -34,57 +41,128 @@ class PredictSettings(Settings):
     data: Path = Field(description="Image to label, or folder of images")
     out: Path = Field(description="Label file to write where data is one file, else a folder")
     overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops")
+    probabilities: Stored = Field(
+        "none", description="Also write a raster with a band per class: none, uint8 (in parts of 250, with a scale tag) or float32"
+    )
+    compress: Literal["deflate", "zstd"] = Field("deflate", description="Of rasters; zstd is faster, old readers do not know it")
+    batch_size: int = Field(8, ge=1, description="Crops that are predicted at once")
+    memory_mb: int = Field(512, ge=64, description="For the rows of a raster that are at work; a wider one is done in strips of columns")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the model was trained with")
     tracking: TrackingSettings = TrackingSettings(system_metrics=False)
 
 
 def work(settings: PredictSettings) -> int:
-    """Do it."""
-    folder, version = model_folder(settings.model, settings.tracking, settings.out)
+    """Do it; 1 if a scene failed."""
+    folder, registered = model_folder(settings.model, settings.tracking, settings.out)
     model, about = load_segmenter(folder)
     catalogue = scan(settings.data, reader_of(about, settings.reader))
     tell_catalogue(catalogue)
+    places = targets(catalogue, settings)
+    make_folders(places, settings.out)
+    with (
+        processes(settings.device) as parallel,
+        Tracker(settings.tracking, settings.out).run("predict", None, public(settings), {"source": "pipelines/predict.py"}) as tracker,
+        little_cache(),
+    ):
+        labeller = Labeller(model.to(parallel.device), about, settings.overlap, no_label(about), settings.batch_size)
+        name = registered.uri if registered else f"run {Path(settings.model).name}"
+        memory, program = settings.memory_mb << 20, f"terravox {version('terravox')}"
+        job = Job(labeller, sha256(folder / WEIGHTS), name, settings.probabilities, settings.compress, memory, program)
+        done, failed, seconds = label_all(job, places)
+        tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)
+        if registered is not None:
+            tracker.used_model(registered)
+    figures = {"voxels_by_class": {str(place): found.counts for place, found in done.items()}, **_speed(places, done, seconds)}
+    facts = {
+        "figures": figures,
+        "files": {"found": catalogue.num_files, "used": catalogue.num_used},
+        "rejected": [{"file": item.file, "reason": item.reason} for item in (*catalogue.rejected, *failed)],
+        "digests": {"weights": job.weights, "data": fingerprint(file for scene in catalogue.scenes for file in scene.files)},
+        "classes": {str(value): name for value, name in about.classes},
+        "mlflow": {"run_id": tracker.run_id, "model": registered.uri if registered else None},
+    }
+    out = settings.out
+    finish(out if out.is_dir() else out.parent, "predict", to_plain(settings), facts, RESULT if out.is_dir() else f"{out.name}.{RESULT}")
+    tell(done, failed, figures, out)
+    return 1 if failed else 0
+
+
+def no_label(about: Description) -> int:
+    """Class number for "nothing here": 0, which is the background of volumes, or 255 where 0 is a class of rasters.
+
+    Raises:
+        RunError: The model's class numbers do not fit into bytes beside it.
+    """
     values = [value for value, _ in about.classes]
     wrong = [value for value in values if not 0 <= value <= 254]
     if wrong:
         raise RunError(f"class numbers {wrong} do not fit into a label file of bytes (0 to 254); train with smaller class numbers")
-    no_label = 0 if 0 not in values or about.modality == "mri" else 255
-    labeller = Labeller(model, about, settings.overlap, no_label)
-    places = targets(catalogue, settings)
-    counts: dict[str, dict[str, int]] = {}
-    with (
-        Tracker(settings.tracking, settings.out).run(
-            "predict",
-            None,
-            public(settings),
-            {"source": "pipelines/predict.py"},
-        ) as tracker,
-        counting("labelling") as progress,
-    ):
-        for number, (scene, place) in enumerate(places):
-            counts[str(place)] = label_scene(labeller, scene, place)
-            progress(number + 1, len(places))
-        tracker.metrics({"scenes": len(places)}, 0)
-        if version is not None:
-            tracker.used_model(version)
-    facts = {
-        "figures": {"voxels_by_class": counts},
-        "files": {"found": catalogue.num_files, "used": catalogue.num_used},
-        "rejected": [{"file": item.file, "reason": item.reason} for item in catalogue.rejected],
-        "digests": {"weights": sha256(folder / WEIGHTS), "data": fingerprint(file for scene in catalogue.scenes for file in scene.files)},
-        "classes": {str(value): name for value, name in about.classes},
-        "mlflow": {"run_id": tracker.run_id, "model": version.uri if version else None},
-    }
-    out = settings.out
-    finish(out if out.is_dir() else out.parent, "predict", to_plain(settings), facts, RESULT if out.is_dir() else f"{out.name}.{RESULT}")
-    for file, found in list(counts.items())[:5]:
-        console.print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(found).items()))
-    console.print(f"[bold]{len(counts)} label files written[/] in the geometry of their sources: {out}")
-    return 0
+    return 0 if 0 not in values or about.modality == "mri" else 255
+
+
+def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path, Labelled], list[Rejected], float]:
+    """What became of each scene, those that failed with their reasons, and how long it took.
+
+    Raises:
+        SceneError, ModelError: Every scene failed; this is the first one's reason.
+    """
+    done: dict[Path, Labelled] = {}
+    failed: list[Rejected] = []
+    before, total = 0, sum(_size(scene) for scene, _ in places)
+    began = monotonic()
+    with counting("labelling", "kvoxel") as progress:
+        for scene, place in places:
+            voxel_bytes = len(scene.channels) * scene.dtype.itemsize
+            progress.unit_bytes = voxel_bytes * 1000
+            try:
+                done[place] = label_scene(job, scene, place, partial(_show, progress, before, total))
+            except (SceneError, ModelError) as error:
+                if len(places) == 1 or len(failed) == len(places) - 1:
+                    raise
+                failed.append(Rejected(scene.name, str(error)))
+                console.print(f"[yellow]not labelled[/] {scene.name}: {error}")
+            before += _size(scene)
+            progress(before // 1000, total // 1000)
+    return done, failed, monotonic() - began
+
+
+def _show(progress: Callable[[int, int], None], before: int, total: int, voxels: int) -> None:
+    progress((before + voxels) // 1000, total // 1000)
+
+
+def _size(scene: Scene) -> int:
+    return math.prod(scene.grid.space)
+
+
+def _speed(places: Sequence[tuple[Scene, Path]], done: Mapping[Path, Labelled], seconds: float) -> dict[str, float]:
+    """Seconds and the stored megabytes a second of scenes that were not there before."""
+    new = [scene for scene, place in places if place in done and not done[place].is_kept]
+    stored = sum(_size(scene) * len(scene.channels) * scene.dtype.itemsize for scene in new) / 1e6
+    return {"seconds": round(seconds, 2), "megabytes": round(stored, 1), "megabytes_per_second": round(stored / max(seconds, 1e-6), 2)}
+
+
+def tell(done: Mapping[Path, Labelled], failed: Sequence[Rejected], figures: Mapping[str, Any], out: Path) -> None:
+    """Say what was made of what, how fast, and what was not made."""
+    for file, found in list(done.items())[:5]:
+        console.print(f"{file}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(found.counts).items()))
+    if len(done) > 5:
+        total: Counter[str] = Counter()
+        for found in done.values():
+            total.update(found.counts)
+        console.print(f"all {len(done)} scenes: " + ", ".join(f"{name} {share:.1%}" for name, share in shares(total).items()))
+    kept = sum(found.is_kept for found in done.values())
+    resumed = [found.rows for found in done.values() if found.rows and not found.is_kept]
+    notes = [f"{kept} were there already, made from the same model, data and settings"] if kept else []
+    notes += [f"{len(resumed)} went on after {sum(resumed)} rows of an interrupted call"] if resumed else []
+    notes += [f"[yellow]{len(failed)} failed, see above[/]"] if failed else []
+    speed = f"{figures['megabytes']:.1f} MB of pixels in {figures['seconds']:.1f} s, {figures['megabytes_per_second']:.1f} MB/s"
+    console.print(f"[bold]{len(done)} label files written[/] in the geometry of their sources: {out}")
+    console.print("  " + "; ".join([speed, *notes]))
 
 
 def targets(catalogue: Catalogue, settings: PredictSettings) -> list[tuple[Scene, Path]]:
-    """Where the labels of each scene go; nothing is written over a source.
+    """Where the labels of each scene go; nothing is written over a source, nor twice.
 
     Raises:
         RunError: A single image is given a name with the wrong ending, or a file would be overwritten.
@@ -98,35 +176,42 @@ def targets(catalogue: Catalogue, settings: PredictSettings) -> list[tuple[Scene
     else:
         if settings.out.is_file():
             raise RunError(f"--out {settings.out} is a file and {settings.data} holds {len(scenes)} images; give a folder")
-        pairs = [(scene, settings.out / _label_name(scene, settings.data)) for scene in scenes]
+        short = [_label_name(scene, settings.data) for scene in scenes]
+        twice = {name for name, count in Counter(short).items() if count > 1}
+        full = [_full_name(scene) if name in twice else name for scene, name in zip(scenes, short, strict=True)]
+        pairs = [(scene, settings.out / name) for scene, name in zip(scenes, full, strict=True)]
     sources = {file.resolve() for scene in scenes for file in scene.files}
     for scene, place in pairs:
-        if place.resolve() in sources:
+        if place.resolve() in sources or beside(place).resolve() in sources:
             raise RunError(f"the labels of {scene.files[0]} would overwrite an image; choose another --out")
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"--out {settings.out} cannot be written: {error.strerror}; choose another folder") from error
     return pairs
 
 
+def make_folders(places: Sequence[tuple[Scene, Path]], out: Path) -> None:
+    """Make the folders that label files go to.
+
+    Raises:
+        RunError: They cannot be made.
+    """
+    for _, place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+
+
 def _label_name(scene: Scene, data: Path) -> Path:
+    """By its file up to the first dot, where it has one file of its own."""
     first = scene.files[0]
-    stem = first.name.split(".")[0] if len(scene.files) == 1 else first.parent.name
-    inside = first.parent.relative_to(data) if len(scene.files) == 1 else first.parent.parent.relative_to(data)
-    return inside / f"{stem}_labels{scene.label_suffix}"
+    if len(scene.files) > 1:
+        return _full_name(scene)
+    return first.parent.relative_to(data.absolute()) / f"{first.name.split('.')[0]}_labels{scene.label_suffix}"
 
 
-def label_scene(labeller: Labeller, scene: Scene, place: Path) -> dict[str, int]:
-    """Label one scene into a file; number of voxels by class."""
-    scale = [channel.scale for channel in scene.channels]
-    offset = [channel.offset for channel in scene.channels]
-    names = [channel.name for channel in scene.channels]
-    labels = labeller.label(scene.read, scene.grid.space, metres_apart(scene.grid), names, scale, offset)
-    scene.write_labels(place, labels, labeller.no_label)
-    known = dict(labeller.description.classes)
-    values, numbers = np.unique(labels, return_counts=True)
-    return {known.get(int(value), "no value"): int(number) for value, number in zip(values, numbers, strict=True)}
+def _full_name(scene: Scene) -> Path:
+    return Path(*(part for part in Path(scene.name).parts if part not in ("/", ".."))).with_name(
+        f"{Path(scene.name).name}_labels{scene.label_suffix}"
+    )
 
 
 def shares(counts: dict[str, int]) -> dict[str, float]:
@@ -137,8 +222,22 @@ def shares(counts: dict[str, int]) -> dict[str, float]:
 
 def check(settings: PredictSettings) -> list[str]:
     """Problems that only disk and registry can tell."""
-    problems = [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
-    return problems + model_problems(settings.model, settings.tracking, settings.out, load_segmenter)
+    problems = model_problems(settings.model, settings.tracking, settings.out, load_segmenter)
+    if not settings.data.exists():
+        return [f"data = {settings.data}: does not exist", *problems]
+    if problems:
+        return problems
+    about = load_description(model_folder(settings.model, settings.tracking, settings.out)[0], "segmenter")
+    try:
+        no_label(about)
+        places = targets(scan(settings.data, reader_of(about, settings.reader)), settings)
+        for scene, _ in places:
+            columns_of(about.channels, [channel.name for channel in scene.channels])
+    except EXPECTED as error:
+        return [str(error)]
+    begun = [place for _, place in places if place.with_name(f".{place.name}{UNFINISHED}").is_dir()]
+    console.print(f"{len(places)} images would be labelled" + (f", {len(begun)} of them begun by an interrupted call" if begun else ""))
+    return []
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,11 +23,12 @@ ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors augment attention native vit sparse_conv encoders",
     "parts": "decoders mae perceptual flops heads memory chunks store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel checkpoint export weights published monai_export",
-    "wholes": "train evaluate segmentation probes tiling tracking served_model figures store_sheet finetune",
+    "wholes": "train evaluate segmentation labelling probes tiling tracking served_model figures store_sheet finetune",
 }
 HOMES = {
     "rasterio": [
         "modalities/ground.py",
+        "modalities/cog.py",
         "modalities/raster.py",
         "modalities/raster_file.py",
         "modalities/label_raster.py",

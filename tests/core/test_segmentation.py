@@ -13,13 +13,12 @@ from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.context import Context
-from mae_core.export import Description, ModelError
+from mae_core.export import ModelError
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import read_rows
 from mae_core.parallel import Parallel
 from mae_core.segmentation import (
     IGNORE,
-    Labeller,
     Segmentation,
     arrange,
     class_indices,
@@ -215,24 +214,6 @@ def test_the_loss_counts_samples_and_moves_labels_with_pixels(store: TileStore) 
     assert float(wrong.loss(oracle(), raw, 0.0).total) > 100
 
 
-def description() -> Description:
-    return Description(
-        kind="segmenter",
-        modality="raster",
-        channels=CHANNELS,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        no_value=1,
-        crop=(8, 12),
-        spacing=(1.0, 1.0),
-        spacing_unit="m",
-        encoder=EncoderSettings(preset="nano", patch=(4, 4), mlp_ratio=1),
-        classes=((0, "low"), (1, "high")),
-        reader={},
-        lineage={},
-    )
-
-
 @pytest.mark.parametrize("space", [(8, 12), (5, 12), (3, 7)])
 @torch.inference_mode()
 def test_a_scene_smaller_than_a_crop_is_padded_without_value(space: tuple[int, int]) -> None:
@@ -275,37 +256,3 @@ def test_whole_scenes_are_judged_and_every_owned_voxel_once(store: TileStore) ->
     assert set(found) == {"scene"}
     labels = np.concatenate([np.asarray(store.read(row).labels)[:10].ravel() for row in range(6)])
     assert found["scene"].tolist() == [[(labels == 0).sum(), 0], [0, (labels == 1).sum()]]
-
-
-def scene_of(space: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Stored uint16 in the order blue, red, with a hole of no value and a cloud."""
-    stored = np.random.default_rng(0).integers(0, 65536, (2, *space)).astype(np.uint16)
-    quality = np.zeros(space, np.uint8)
-    quality[:3, :4], quality[10:, 10:] = 1, 2
-    return stored, quality
-
-
-def test_a_scene_gets_class_numbers_in_stored_units_and_channels_by_name() -> None:
-    stored, quality = scene_of((19, 23))
-    about = description().model_copy(update={"mean": (-5000.0, 0.0, 0.0), "std": (10.0, 1.0, 1.0), "classes": ((7, "low"), (3, "high"))})
-    labeller = Labeller(oracle(), about, 0.5, 255)
-    labels = labeller.label(
-        lambda window: (stored[:, *window], quality[window]), (19, 23), (1.0, 1.0), ["blue", "red"], [9.0, 0.5], [0.0, -25000.0]
-    )
-    assert labels.dtype == np.uint8
-    high = stored[1].astype(float) * 0.5 - 25000 > -5000
-    assert 0.2 < high.mean() < 0.8
-    assert np.array_equal(labels, np.where(quality & 1, 255, np.where(high, 3, 7)))
-
-
-@pytest.mark.parametrize("rubbish", [np.nan, 1e30])
-def test_what_has_no_value_changes_no_label(rubbish: float) -> None:
-    pixels = np.random.default_rng(0).normal(size=(3, 12, 14)).astype(np.float32)
-    quality = (np.random.default_rng(1).random((12, 14)) < 0.2).astype(np.uint8)
-    labeller = Labeller(segmenter().eval(), description(), 0.5, 255)
-    found = []
-    for fill in (0, rubbish):
-        filled = np.where(quality, np.float32(fill), pixels)
-        found.append(labeller.label(lambda window, filled=filled: (filled, quality), (12, 14), (1.0, 1.0), CHANNELS, [1.0] * 3, [0.0] * 3))
-    assert np.array_equal(found[0], found[1])
-    assert np.array_equal(found[0] == 255, quality == 1)

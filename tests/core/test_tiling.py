@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.tiling import Window, blend_weights, blended, windows
+from mae_core.tiling import Blend, Window, blend_weights, strips, windows
 
 
 @st.composite
@@ -58,6 +59,10 @@ def test_weights_are_a_gaussian_that_is_never_nothing() -> None:
     assert float(weights[8, 4]) == pytest.approx(math.exp(-0.5 * (0.5 / 2) ** 2 - 0.5 * 0.5**2))
 
 
+def blended(space: tuple[int, ...], crop: tuple[int, ...], overlap: float, predict: Callable[[Window], Tensor]) -> Tensor:
+    return Blend(space, crop, overlap, lambda windows: torch.stack([predict(window) for window in windows])).whole()
+
+
 def field(window: Window, space: tuple[int, ...]) -> Tensor:
     """Two classes whose values tell the place in the scene."""
     number = torch.arange(math.prod(space), dtype=torch.float32).reshape(space) / math.prod(space)
@@ -93,3 +98,63 @@ def test_the_middle_of_a_window_weighs_more_than_its_border() -> None:
     assert result[8:].tolist() == [1] * 4
     assert float(result[4]) < 0.5 < float(result[7])
     assert float(result[5] + result[6]) == pytest.approx(1)
+
+
+def naive(space: tuple[int, ...], crop: tuple[int, ...], overlap: float, predict: Callable[[Window], Tensor]) -> Tensor:
+    """The mean with the whole scene in memory, window by window."""
+    total, share = torch.zeros(2, *space), torch.zeros(space)
+    weights = blend_weights(crop)
+    for window in windows(space, crop, overlap):
+        inside = tuple(slice(0, part.stop - part.start) for part in window)
+        total[(slice(None), *window)] += predict(window)[(slice(None), *inside)] * weights[inside]
+        share[window] += weights[inside]
+    return total / share
+
+
+def noise(window: Window) -> Tensor:
+    """Another prediction of each window, so that how they are blended is seen."""
+    seed = hash(tuple((part.start, part.stop) for part in window)) % 2**31
+    return torch.rand(2, *(part.stop - part.start for part in window), generator=torch.Generator().manual_seed(seed))
+
+
+@given(scenes(), st.data())
+def test_strips_and_bands_from_anywhere_are_the_whole_scene_bit_for_bit(
+    case: tuple[tuple[int, ...], tuple[int, ...], float], data: st.DataObject
+) -> None:
+    space, crop, overlap = case
+    wanted = naive(space, crop, overlap, noise)
+    batch = data.draw(st.integers(1, 5), "batch")
+    blend = Blend(space, crop, overlap, lambda chosen: torch.stack([noise(window) for window in chosen]), batch)
+    assert torch.equal(blend.whole(), wanted)
+    first = data.draw(st.integers(0, space[0] - 1), "first")
+    width = space[-1] if len(space) == 1 else data.draw(st.integers(1, space[-1]), "width")
+    found = torch.full_like(wanted, torch.nan)
+    for strip in strips(space[-1], width, 1):
+        stop = first
+        for window, part in blend.bands(strip, first):
+            assert window[0].start == stop, "bands follow each other"
+            stop = window[0].stop
+            assert torch.isnan(found[(slice(None), *window)]).all(), "nothing is given twice"
+            found[(slice(None), *window)] = part
+        assert stop == space[0]
+    assert torch.equal(found[:, first:], wanted[:, first:])
+    assert torch.isnan(found[:, :first]).all()
+
+
+def test_only_windows_that_are_needed_are_predicted() -> None:
+    seen: list[Window] = []
+
+    def predict(chosen: list[Window]) -> Tensor:
+        seen.extend(chosen)
+        return torch.stack([noise(window) for window in chosen])
+
+    blend = Blend((40, 30), (8, 8), 0.5, predict, 3)
+    list(blend.bands(slice(10, 20), 20))
+    wanted = [window for window in windows((40, 30), (8, 8), 0.5) if window[0].stop > 20 and 2 < window[1].start < 20]
+    assert seen == wanted
+
+
+def test_strips_begin_at_steps() -> None:
+    assert strips(1300, 700, 512) == [slice(0, 512), slice(512, 1024), slice(1024, 1300)]
+    assert strips(1300, 5000, 512) == [slice(0, 1300)]
+    assert strips(100, 1, 512) == [slice(0, 100)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rasterio.transform import Affine
+from rio_cogeo import cog_validate
 
 from modalities import raster_file
 from modalities.scene import SceneError
@@ -39,11 +40,13 @@ def test_labels_go_out_and_come_back_in_the_same_place(
     out = tmp_path / "deep" / "labels.tif"
     scene.write_labels(out, labels, 255)
     assert [file.name for file in out.parent.iterdir()] == ["labels.tif"]
+    with raster_file.quiet():
+        assert cog_validate(out, strict=True) == (True, [], [])
     with raster_file.opened(source) as one, raster_file.opened(out) as other:
         assert (other.crs, other.transform, other.shape) == (one.crs, one.transform, one.shape)
         assert not one.transform.is_rectilinear or other.bounds == one.bounds
         assert (other.nodata, other.dtypes, other.profile["compress"]) == (255, ("uint8",), "deflate")
-        assert other.block_shapes[0] == ((256, 256) if min(space) >= 256 else other.block_shapes[0])
+        assert other.block_shapes == [(512, 512)]
     window = (slice(0, space[0] - 3), slice(0, 17))
     back = scene.open_labels(out).read(window)
     np.testing.assert_array_equal(back, np.where(labels[window] == 255, -1, labels[window].astype(int)))
