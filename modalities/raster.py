@@ -197,7 +197,8 @@ def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) 
 
 def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
     if settings.require_georeference and not (file.grid.frame and is_placed(file.grid)):
-        raise SceneError("it has no CRS and affine, and reader.require_georeference=true")
+        points = f" but {file.num_gcps} ground control points; warp it by them (gdalwarp -tps)" if file.num_gcps else ""
+        raise SceneError(f"it has no CRS and affine{points}, and reader.require_georeference=true")
     bands = []
     for i, said in choose(file, settings.bands):
         scale, offset = radiometry(file, i, (*settings.radiometry, *_said(file, i, said)))

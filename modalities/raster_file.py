@@ -76,6 +76,7 @@ class RasterFile:
         scales, offsets: The file's own tags; 1 and 0 where there are none.
         block: Rows and columns of the largest block of any band; a strip is as wide as the file.
         tags: The file's own metadata, that of the domain IMAGERY too.
+        num_gcps: Ground control points. They place no pixel exactly, so the grid does not know of them.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class RasterFile:
     offsets: tuple[float, ...]
     block: tuple[int, int]
     tags: Mapping[str, str]
+    num_gcps: int = 0
 
     @property
     def count(self) -> int:
@@ -268,6 +270,7 @@ def _header(source: Any, path: Path, relative: str) -> RasterFile:
         tuple(float(offset) for offset in of_data(source.offsets)),
         (max(rows for rows, _ in source.block_shapes), max(columns for _, columns in source.block_shapes)),
         {**source.tags(ns="IMAGERY"), **source.tags()},
+        len(source.gcps[0]),
     )
 
 

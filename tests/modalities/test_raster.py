@@ -296,6 +296,11 @@ REAL_FLAGS = {
     "float_raster_with_nodata": 58,
     "na": 1,
     "inverted_lat": 360 * 720,
+    "cog_nodata_nan": 154_081 + 4,
+    "cog_scale": 6,
+    "rotated": 0,
+    "geomatrix": 0,
+    "L7_ETMs": 0,
 }
 
 

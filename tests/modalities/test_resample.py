@@ -43,6 +43,38 @@ def test_a_coarse_band_is_brought_to_the_fine_grid_without_a_shift(tmp_path: Pat
 
 
 @given(
+    coarse=st.tuples(st.sampled_from([20.0, 60.0, 30.0, 12.5]), st.sampled_from([20.0, 60.0, 30.0, 12.5])),
+    corner=st.tuples(st.floats(-100, 100), st.floats(-100, 100)),
+    upward=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plane_stays_the_same_plane_wherever_the_lattices_lie(
+    coarse: tuple[float, float], corner: tuple[float, float], upward: bool
+) -> None:
+    target = Grid.from_matrix((48, 60), np.array([[0, 10, 5], [-10, 0, -5], [0, 0, 1.0]]), UTM, "m")
+    down = coarse[0] if upward else -coarse[0]
+    top = (-600.0 if upward else 0.0) + corner[1]
+    matrix = np.array([[0, coarse[1], corner[0] + coarse[1] / 2], [down, 0, top + down / 2], [0, 0, 1.0]])
+    source = Grid.from_matrix((60, 60), matrix, UTM, "m")
+
+    def plane(grid: Grid) -> np.ndarray:
+        rows, columns = np.mgrid[: grid.space[0], : grid.space[1]]
+        x, y, _ = np.tensordot(grid.matrix, np.stack([rows, columns, np.ones_like(rows)]), 1)
+        return np.asarray(3 * x - 7 * y + 11)
+
+    rows, columns = align(target, source)
+    whole = (slice(0, 48), slice(0, 60))
+    part = (rows.needed(whole[0]), columns.needed(whole[1]))
+    got, flags = bilinear(plane(source)[part], np.zeros((60, 60), np.uint8)[part], (rows, columns), whole)
+    between = np.logical_and.outer(
+        *[(axis.positions(p) >= 0) & (axis.positions(p) <= 59) for axis, p in zip((rows, columns), whole, strict=True)]
+    )
+    assert between.sum() > 500
+    np.testing.assert_allclose(got[between], plane(target)[between], atol=1e-5)
+    assert not flags[between].any()
+
+
+@given(
     rows=st.tuples(st.integers(0, 46), st.integers(1, 47)),
     columns=st.tuples(st.integers(0, 58), st.integers(1, 59)),
     seed=st.integers(0, 5),
