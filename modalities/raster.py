@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from modalities import archive
 from modalities.class_band import ClassBand, MaskFile
 from modalities.cog import Layout, RasterBand, write_raster
 from modalities.grid import Grid, Window
@@ -93,12 +94,13 @@ class RasterScene:
     times: tuple[str, ...] = ()
     class_bands: tuple[ClassBand, ...] = ()
     resampling: Resampling = "bilinear"
+    documents: tuple[Path, ...] = ()
     label_suffix: str = field(default=".tif", init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the bands, each once, then those of the maps of classes."""
-        return tuple(dict.fromkeys(band.path for band in self._all_bands))
+        """The files of the bands, each once, then those of the maps of classes and the metadata; a zip stands for its members."""
+        return tuple(dict.fromkeys(archive.on_disk(path) for path in (*(band.path for band in self._all_bands), *self.documents)))
 
     @property
     def _all_bands(self) -> tuple[BandFile, ...]:

@@ -21,6 +21,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 
+from modalities import archive
 from modalities.grid import Grid, Window
 from modalities.quality import Quality
 from modalities.scene import Channel, SceneError
@@ -139,7 +140,7 @@ def inspect(path: Path, relative: str, *, colour_table: bool = False) -> RasterF
     """
     try:
         with opened(path) as source:
-            _refuse(source, path.stat().st_size)
+            _refuse(source, archive.size(path))
             if ColorInterp.palette in source.colorinterp and not colour_table:
                 raise SceneError("its values are entries of a colour table, not measurements; expand it to RGB or remove the table")
             header = _header(source, path, relative)
@@ -182,16 +183,19 @@ def holds_only(path: Path, index: int, allowed: tuple[int, ...]) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The dataset, opened by the one driver that the file's first bytes call for; siblings and remote paths are not touched."""
+    """The dataset, opened by the one driver that the first bytes call for; siblings and remote paths are not touched.
+
+    A path through a zip (`archive`) is the only one that leads into GDAL's virtual file systems.
+    """
     if str(path.absolute()).startswith("/vsi") or REMOTE.match(str(path)):
         raise OSError(f"{path} is not a path of the file system")
-    with path.open("rb") as stream:
+    with archive.stream(path) as stream:
         first = stream.read(4)
     if first not in DRIVERS:
         raise OSError("the file is empty" if not first else f"it begins with {first!r}, not like a TIFF or a JPEG 2000")
     with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"):
         with quiet():
-            source = rasterio.open(path.absolute(), driver=DRIVERS[first])
+            source = rasterio.open(archive.gdal_name(path), driver=DRIVERS[first])
         with source:
             yield source
 

@@ -1,77 +1,73 @@
-"""Sentinel-2 in its plain forms: one file a band, joined by name, or one file of named bands. No product metadata is read."""
+"""Sentinel-2: settings, and the scan that makes scenes of a folder whose numbers are what they are said to be.
+
+Scale and offset come from the product's metadata, a STAC item, the file's tags or the settings, never from a date; the
+pixels are asked what they say about it (`radiometry`), and what contradicts them is not used.
+"""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely, radiometry
-from modalities.raster_file import BROKEN, BandFile, RasterFile, holds_only, inspect, plain
-from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+from modalities import archive
+from modalities.product import Level
+from modalities.radiometry import Answer, Verdict, judge, look
+from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely
+from modalities.raster_file import BandFile
+from modalities.scene import AdapterSettings, Rejected, SceneError
+from modalities.sentinel2_bands import BANDS, ORDERS, band_name
+from modalities.sentinel2_images import Gathering, Image, gather
 
-NODATA, SATURATED = 0.0, 65535.0
-"""The SPECIAL_VALUE entries of every Sentinel-2 product."""
+PLAIN = (1e-4, 0.0)
+"""Scale and offset of reflectance · 10000."""
+
+SAY_OFFSET = "say it with reader.layouts=[{match: …, offset: -0.1 or 0}]"
+KNOWN: set[Answer] = {"yes", "no"}
 
 
-@dataclass(frozen=True)
-class Band:
-    """A band of the instrument: centre wavelength of Sentinel-2A and native ground sampling distance."""
+def _bands(names: object) -> object:
+    """A name of `ORDERS` becomes its bands; the bands of a list get their canonical names."""
+    if isinstance(names, str):
+        if names not in ORDERS:
+            raise ValueError(f"no known order of bands: {names}; known are {', '.join(ORDERS)}, or give a list of bands")
+        return ORDERS[names]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return names
+    found = [band_name(name) for name in names]
+    unknown = [name for name, band in zip(names, found, strict=True) if band is None]
+    if unknown:
+        raise ValueError(f"no Sentinel-2 band: {', '.join(unknown)}; the bands are {', '.join(BANDS)}")
+    if len(set(found)) < len(found):
+        raise ValueError(f"a band can be named once only, got {', '.join(names)}")
+    return tuple(band for band in found if band)
 
-    wavelength_nm: float
-    resolution_m: float
 
+class Layout(AdapterSettings):
+    """What the files are whose relative path or name matches the glob; it wins over metadata and is not held against the pixels.
 
-BANDS = {
-    "B01": Band(442.7, 60),
-    "B02": Band(492.4, 10),
-    "B03": Band(559.8, 10),
-    "B04": Band(664.6, 10),
-    "B05": Band(704.1, 20),
-    "B06": Band(740.5, 20),
-    "B07": Band(782.8, 20),
-    "B08": Band(832.8, 10),
-    "B8A": Band(864.7, 20),
-    "B09": Band(945.1, 60),
-    "B10": Band(1373.5, 60),
-    "B11": Band(1613.7, 20),
-    "B12": Band(2202.4, 20),
-}
-"""The 13 bands in the order of the product (ESA, Sentinel-2 MSI spectral responses, S2A)."""
+    Attributes:
+        match: Glob, such as `S2L1C/*`.
+        bands: Bands by position, or the name of an order (`l1c13`, `l2a12`, `eurosat13`, `land10`, `hls6`).
+        level: What the numbers are: `L1C` top of atmosphere, `L2A` surface.
+        scale, offset: Value = stored number · scale + offset.
+        unit: Of that value; anything but `reflectance` is another quantity, which no model of reflectance takes.
+    """
 
-WORDS = {
-    "coastal": "B01",
-    "coastalaerosol": "B01",
-    "blue": "B02",
-    "green": "B03",
-    "red": "B04",
-    "rededge1": "B05",
-    "rededge2": "B06",
-    "rededge3": "B07",
-    "nir": "B08",
-    "nir08": "B8A",
-    "nirnarrow": "B8A",
-    "narrownir": "B8A",
-    "nir09": "B09",
-    "watervapour": "B09",
-    "watervapor": "B09",
-    "cirrus": "B10",
-    "swir1": "B11",
-    "swir16": "B11",
-    "swir2": "B12",
-    "swir22": "B12",
-}
-"""Common names in band descriptions (STAC's `eo:common_name` and what GDAL's users write), without spaces."""
+    match: str
+    bands: tuple[str, ...] | None = Field(None, min_length=1)
+    level: Level | None = None
+    scale: float | None = Field(None, gt=0)
+    offset: float | None = None
+    unit: str = "reflectance"
 
-_CODE = re.compile(r"b(?:and)?[ _-]?0?([1-9]|1[0-2]|8a)", re.IGNORECASE)
-_IN_FILE_NAME = re.compile(r"(?:^|[^a-z0-9])(b(?:and)?0?(?:[1-9]|1[0-2]|8a))(?:_(?:10|20|60)m)?(?=$|[ _-]*\([^()]*\)$)", re.IGNORECASE)
-_BY_RESOLUTION = re.compile(r"R(10|20|60)m")
+    _canonical = field_validator("bands", mode="before")(_bands)
 
 
 class Sentinel2Settings(AdapterSettings):
@@ -79,35 +75,35 @@ class Sentinel2Settings(AdapterSettings):
 
     Attributes:
         channels: Bands to read, in the order of the scene's channels. A scene may lack some of them.
-        bands: Bands by position, for files of several bands that have no names of Sentinel-2 bands.
-        scale, offset: Reflectance = stored number · scale + offset, where the file has no tags of its own. Products since
-            baseline 04.00 that were not harmonised want an offset of -0.1.
-        radiometry: Scale and offset by file; the first match wins over the tags and over `scale` and `offset`.
+        bands: Bands by position, for files of several bands that have no names of Sentinel-2 bands, as a list or by the
+            name of an order: `l1c13`, `l2a12` (the product's), `eurosat13` (B8A last), `land10` (without 60 m), `hls6`.
+        layouts: Bands, level, scale and offset by file; the first match wins over everything but `radiometry`.
+        scale, offset: Reflectance = stored number · scale + offset, where neither metadata nor tags say; else 1e-4, and the
+            offset that the pixels show, if that is none. With +1000 in the numbers (baseline 04.00 on) the offset is -0.1.
+        radiometry: Scale and offset by file; the first match wins over all else.
+        harmonize: Take scenes with and without +1000 together, each with its own offset, which for files without metadata is
+            what their pixels show. Without it a folder that holds both is refused.
+        level: L1C or L2A, for files that do not say by metadata or name.
+        levels: Levels to read; scenes of others are rejected. Without it a folder that holds both is refused, because the
+            same band is another quantity in each.
         exclude: Globs of relative paths or file names that are not looked at.
         min_channels: A scene with fewer of `channels` is rejected.
     """
 
     kind: Literal["sentinel2"] = "sentinel2"
-    channels: tuple[str, ...] = Field(("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"), min_length=1)
+    channels: tuple[str, ...] = Field(ORDERS["land10"], min_length=1)
     bands: tuple[str, ...] | None = Field(None, min_length=1)
-    scale: float = Field(1e-4, gt=0)
-    offset: float = 0.0
+    layouts: tuple[Layout, ...] = ()
+    scale: float | None = Field(None, gt=0)
+    offset: float | None = None
     radiometry: tuple[Radiometry, ...] = ()
+    harmonize: bool = False
+    level: Level | None = None
+    levels: tuple[Level, ...] | None = Field(None, min_length=1)
     exclude: tuple[str, ...] = ()
     min_channels: int = Field(1, ge=1)
 
-    @field_validator("channels", "bands")
-    @classmethod
-    def _known(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if names is None:
-            return None
-        found = [band_name(name) for name in names]
-        unknown = [name for name, band in zip(names, found, strict=True) if band is None]
-        if unknown:
-            raise ValueError(f"no Sentinel-2 band: {', '.join(unknown)}; the bands are {', '.join(BANDS)}")
-        if len(set(found)) < len(found):
-            raise ValueError(f"a band can be named once only, got {', '.join(names)}")
-        return tuple(band for band in found if band)
+    _canonical = field_validator("channels", "bands", mode="before")(_bands)
 
     @model_validator(mode="after")
     def _enough(self) -> Sentinel2Settings:
@@ -115,148 +111,289 @@ class Sentinel2Settings(AdapterSettings):
             raise ValueError(f"min_channels is {self.min_channels}, but only {len(self.channels)} channels are wanted")
         return self
 
+    def layout(self, relative: str) -> Layout | None:
+        """The first layout that matches a relative path or its file name."""
+        return next((entry for entry in self.layouts if _matches(relative, entry.match)), None)
 
-def band_name(text: str) -> str | None:
-    """The band that a description or a file name speaks of, as `B02` or `B8A`; None when it names none for sure.
+    def order(self, relative: str) -> tuple[str, ...] | None:
+        """Names by position of the bands of a file."""
+        layout = self.layout(relative)
+        return layout.bands if layout and layout.bands else self.bands
 
-    Understood are a code by itself or before other words (`B2`, `b02`, `band 2`, `B4, central wavelength 665 nm`), a
-    code at the end of a file name (`T48QUE_20200223_B02_10m.jp2`, `…_L2A_B8A_(Raw).tiff`) and the words of `WORDS`.
+
+@dataclass
+class Account:
+    """What a scan has to tell beside scenes and rejections.
+
+    Attributes:
+        companions: Files that belong to images without being read: previews, masks, coarser copies, metadata of others.
+        notes: Lines about what was found: levels, conventions, and how they are known.
     """
-    words = text.strip().lower()
-    common = WORDS.get(re.sub(r"[ _-]", "", words))
-    if common:
-        return common
-    found = re.match(_CODE.pattern + r"(?=$|[\s,:;(_]| - )", words)
-    if found:
-        return _canonical(found[1])
-    split = split_band(Path(text).stem if Path(text).suffix.lower() in (".tif", ".tiff", ".jp2") else text)
-    return split[0] if split and not band_name(split[1]) else None
+
+    companions: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def split_band(stem: str) -> tuple[str, str] | None:
-    """The band at the end of a file name without ending, and the rest that the files of one scene share."""
-    found = _IN_FILE_NAME.search(stem)
-    if not found:
-        return None
-    code = _CODE.fullmatch(found[1])
-    rest = stem[: found.start()] + stem[found.end() :]
-    return (_canonical(code[1]), rest.strip("_-. ")) if code else None
+@dataclass(frozen=True)
+class _Case:
+    """An image while it is decided what its numbers are.
 
-
-def _canonical(number: str) -> str:
-    return "B8A" if number.lower() == "8a" else f"B{int(number):02d}"
-
-
-def scan_sentinel2(files: Iterable[Path], folder: Path, settings: Sentinel2Settings) -> tuple[list[RasterScene], list[Rejected]]:
-    """Scenes of the files and a reason for every file that is in none.
-
-    Files of one band whose names end in a band make one scene per folder and rest of the name (`R10m`, `R20m` and
-    `R60m` count as one folder); of several resolutions of a band the finest is taken. A second band of only 0 and 1
-    beside such a band says where there is data. A scene that lies in the scanned folder under bare band names
-    (`B02.tif`) has that folder's name.
+    Attributes:
+        level_by: Where the level comes from.
+        scaling: Scale and offset by band, so far.
+        claim: Where they come from; empty where nobody said.
+        explicit: Whether they were said for this very file.
     """
-    scan = _Scan(folder, settings)
-    for path in sorted(files):
+
+    image: Image
+    layout: Layout | None
+    level: str
+    level_by: str
+    scaling: Mapping[str, tuple[float, float]]
+    claim: str
+    explicit: bool
+    verdict: Verdict
+
+    @property
+    def said(self) -> Answer:
+        """Whether the numbers carry +1000 by what is claimed; unknown where nothing is, or the scale is another one."""
+        added = {round(offset / scale) if math.isclose(scale, 1e-4) else None for scale, offset in self.scaling.values()}
+        answers: dict[int | None, Answer] = {0: "no", -1000: "yes"}
+        return answers.get(added.pop(), "unknown") if self.claim and len(added) == 1 else "unknown"
+
+    @property
+    def convention(self) -> Answer:
+        """The same by the claim, else by the pixels; unknown where it was said for this very file, which settles it."""
+        if self.explicit or self.verdict.wrong_order or self.verdict.wrong_scale:
+            return "unknown"
+        return self.said if self.claim else self.verdict.plus_1000
+
+
+def scan_sentinel2(
+    files: Iterable[Path], folder: Path, settings: Sentinel2Settings, account: Account | None = None
+) -> tuple[list[RasterScene], list[Rejected]]:
+    """Scenes of the files and a reason for every image file that is in none; companions and notes go into `account`.
+
+    Products (`.SAFE` folders and zips of them) and STAC items say which files are their bands. Other files of one band
+    whose names end in a band make one scene per folder and rest of the name (`R10m`, `R20m` and `R60m` count as one
+    folder); of several resolutions of a band the finest is taken. A second band of only 0 and 1 beside such a band says
+    where there is data. A scene that lies in the scanned folder under bare band names (`B02.tif`) has that folder's name.
+
+    Raises:
+        SceneError: The folder holds both conventions of the offset, or both levels, and the settings do not say how to take them.
+    """
+    everything = list(files)
+    found = gather(everything, folder, settings.order)
+    cases: list[_Case] = []
+    for image in found.images:
         try:
-            scan.add(inspect(path, path.relative_to(folder).as_posix()))
+            cases.append(_case(image, folder, settings))
         except SceneError as error:
-            scan.reject(path, str(error))
-    for (place, rest), bands in sorted(scan.joined.items()):
-        scan.join("/".join(part for part in (place, rest) if part not in ("", ".")) or folder.resolve().name or "scene", bands)
-    return name_uniquely(scan.scenes, folder), scan.rejected
+            _reject(image, str(error), found)
+    _refuse_mixture(cases, settings)
+    told = {case.convention for case in cases if not case.claim} & KNOWN
+    scenes: list[RasterScene] = []
+    used: list[_Case] = []
+    for case in cases:
+        try:
+            settled = _settle(case, settings, told)
+            scene = _scene(settled, settings, found)
+        except SceneError as error:
+            _reject(case.image, str(error), found)
+            continue
+        if scene:
+            scenes.append(scene)
+            used.append(settled)
+    named = name_uniquely(scenes, folder)
+    taken = {file for scene in named for file in scene.files}
+    rejected = _per_file(found.rejected, taken, folder)
+    if account is not None:
+        gone = taken | {folder / item.file for item in rejected}
+        account.companions += [path for path in everything if path not in gone]
+        account.notes += _notes(used)
+    return named, rejected
 
 
-class _Scan:
-    """Scenes, open ends and rejections while a folder is gone through."""
-
-    def __init__(self, folder: Path, settings: Sentinel2Settings) -> None:
-        self.folder, self.settings = folder, settings
-        self.scenes: list[RasterScene] = []
-        self.rejected: list[Rejected] = []
-        self.joined: defaultdict[tuple[str, str], list[BandFile]] = defaultdict(list)
-
-    def reject(self, path: Path, reason: str) -> None:
-        self.rejected.append(Rejected(path.relative_to(self.folder).as_posix(), reason))
-
-    def add(self, file: RasterFile) -> None:
-        """Take a file into the scene that it belongs to.
-
-        Raises:
-            SceneError: It belongs to none.
-        """
-        split = split_band(Path(file.relative).stem)
-        validity = _validity(file) if split and file.count == 2 else None
-        if split and (file.count == 1 or validity):
-            band, rest = split
-            if band not in self.settings.channels:
-                raise SceneError(f"band {band} is not among the wanted channels")
-            place = Path(file.relative).parent
-            place = place.parent if _BY_RESOLUTION.fullmatch(place.name) else place
-            self.joined[place.as_posix(), rest].append(self._band(file, 0, band, validity))
-            return
-        names = _names(file, self.settings.bands)
-        wanted = [self._band(file, names.index(band), band) for band in self.settings.channels if band in names]
-        if not wanted:
-            raise SceneError(f"none of its bands ({', '.join(name for name in names if name)}) is among the wanted channels")
-        if len(wanted) < self.settings.min_channels:
-            raise SceneError(self._too_few(wanted))
-        name = Path(file.relative).with_suffix("").as_posix()
-        self.scenes.append(RasterScene(name, name, file.grid, tuple(wanted)))
-
-    def join(self, name: str, bands: list[BandFile]) -> None:
-        """One scene of the bands, in the order of the wanted channels."""
-        chosen: dict[str, BandFile] = {}
-        for band in sorted(bands, key=lambda band: (float(np.prod(band.grid.spacing)), band.path)):
-            first = chosen.setdefault(band.channel.name, band)
-            if first is not band:
-                same = first.grid.spacing == band.grid.spacing
-                self.reject(band.path, f"band {band.channel.name} is read from {first.path.name}{'' if same else ', which is finer'}")
-        scene, left = assemble(name, [chosen[channel] for channel in self.settings.channels if channel in chosen])
-        for band, reason in left:
-            self.reject(band.path, reason)
-        if len(scene.bands) < self.settings.min_channels:
-            for band in scene.bands:
-                self.reject(band.path, self._too_few(list(scene.bands)))
-            return
-        self.scenes.append(scene)
-
-    def _band(self, file: RasterFile, position: int, name: str, validity_index: int | None = None) -> BandFile:
-        chosen = self.settings
-        scale, offset = radiometry(file, position, chosen.radiometry, (chosen.scale, chosen.offset))
-        channel = Channel(name, BANDS[name].wavelength_nm, BANDS[name].resolution_m, scale, offset)
-        nodata, dtype = file.nodata[position], file.dtypes[position]
-        band = BandFile(file.path, file.indexes[position], channel, file.grid, dtype, NODATA if nodata is None else nodata)
-        saturated = SATURATED if dtype == "uint16" else None
-        return replace(band, saturated=saturated, validity_index=validity_index, block=file.block)
-
-    def _too_few(self, bands: list[BandFile]) -> str:
-        names = ", ".join(band.channel.name for band in bands)
-        return f"its scene has {len(bands)} of the wanted channels ({names}), reader.min_channels is {self.settings.min_channels}"
+def _case(image: Image, folder: Path, settings: Sentinel2Settings) -> _Case:
+    relative = image.bands[0].path.relative_to(folder).as_posix()
+    layout = settings.layout(relative)
+    names = {band.channel.name for band in image.bands}
+    guess = "L1C" if "B10" in names else "L2A" if names == set(ORDERS["l2a12"]) else ""
+    levels = (
+        (layout.level if layout else None, "reader.layouts"),
+        (image.statement.level, image.statement.source),
+        (settings.level, "reader.level"),
+        (guess, "a guess: " + ("B10 is there" if guess == "L1C" else "twelve bands without B10")),
+    )
+    level, level_by = next(((level, by) for level, by in levels if level), ("", "nothing"))
+    if settings.levels is not None and level not in settings.levels:
+        raise SceneError(f"its level is {level or 'not known (say reader.level)'}, reader.levels reads {', '.join(settings.levels)}")
+    claims = {band.channel.name: _claim(band, image, layout, folder, settings) for band in image.bands}
+    by = {claim for _, claim in claims.values()}
+    claim = next(iter(by)) if len(by) == 1 else ", ".join(sorted(by - {""}))
+    explicit = by <= {"reader.layouts", "reader.radiometry"}
+    verdict = Verdict("unknown", "not asked") if explicit else judge(look(image.bands), level)
+    return _Case(image, layout, level, level_by, {name: pair for name, (pair, _) in claims.items()}, claim, explicit, verdict)
 
 
-def _validity(file: RasterFile) -> int | None:
-    """Number of the file's second band if it holds nothing but 0 and 1."""
-    try:
-        return file.indexes[1] if holds_only(file.path, file.indexes[1], (0, 1)) else None
-    except BROKEN as error:
-        raise SceneError(f"its second band cannot be read ({plain(error, file.path)})") from error
+def _claim(
+    band: BandFile, image: Image, layout: Layout | None, folder: Path, settings: Sentinel2Settings
+) -> tuple[tuple[float, float], str]:
+    """Scale and offset of a band and where they come from; the first source that says something counts."""
+    relative = band.path.relative_to(folder).as_posix()
+    entry = next((entry for entry in settings.radiometry if _matches(relative, entry.match)), None)
+    if entry:
+        return (entry.scale, entry.offset), "reader.radiometry"
+    default = settings.scale or PLAIN[0]
+    if layout and (layout.scale is not None or layout.offset is not None):
+        return (layout.scale or default, layout.offset or 0.0), "reader.layouts"
+    name, statement = band.channel.name, image.statement
+    if statement.scaling:
+        stated = statement.scaling.get(name)
+        if stated is None and len(set(statement.scaling.values())) > 1:
+            raise SceneError(
+                f"{statement.source} gives no scale and offset for {name}; say them with reader.layouts=[{{match: …, scale: …, offset: …}}]"
+            )
+        return stated or next(iter(statement.scaling.values())), statement.source
+    if (band.channel.scale, band.channel.offset) != (1.0, 0.0):
+        return (band.channel.scale, band.channel.offset), "its tags"
+    if settings.offset is not None and not settings.harmonize:
+        return (default, settings.offset), "reader.offset"
+    return (default, 0.0), "reader.scale" if settings.scale is not None and not settings.harmonize else ""
 
 
-def _names(file: RasterFile, by_position: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Band per position, empty for what is described as something else (a QA band).
+def _refuse_mixture(cases: Sequence[_Case], settings: Sentinel2Settings) -> None:
+    """Raise if the images are of both conventions or both levels and nobody said that this is meant."""
+    problems = []
+    if not settings.harmonize:
+        sides = {answer: [case for case in cases if case.convention == answer] for answer in ("yes", "no")}
+        if all(sides.values()):
+            problems.append(
+                f"numbers with 1000 added in {_listed(sides['yes'])} and without in {_listed(sides['no'])}; "
+                "reader.harmonize=true takes each with its own offset"
+            )
+    if settings.levels is None:
+        levels = {level: [case for case in cases if case.level == level] for level in ("L1C", "L2A")}
+        shared = set.intersection(*({name for case in some for name in case.scaling} for some in levels.values()))
+        if shared & set(settings.channels):
+            problems.append(
+                f"level L1C (top of atmosphere) in {_listed(levels['L1C'])} and L2A (surface) in {_listed(levels['L2A'])}, whose bands are "
+                "different quantities; choose with reader.levels=[L2A], or take both with reader.levels=[L1C,L2A]"
+            )
+    if problems:
+        raise SceneError(
+            "the folder mixes Sentinel-2 images that must not be taken for the same:" + "".join(f"\n  {line}" for line in problems)
+        )
 
-    `Band 1`, `Band 2`, … counted up are what a writer puts where it knows no names, so they name nothing.
+
+def _listed(cases: Sequence[_Case]) -> str:
+    names = ", ".join(case.image.name for case in cases[:3])
+    return f"{len(cases)} images ({names}{', …' if len(cases) > 3 else ''})"
+
+
+def _settle(case: _Case, settings: Sentinel2Settings, told: set[Answer]) -> _Case:
+    """The case with its final scale and offset.
+
+    Raises:
+        SceneError: The pixels contradict what is claimed, or cannot settle what nobody said.
     """
-    counted = [f"band{i + 1}" for i in range(file.count)]
-    nothing = [re.sub(r"[ _-]", "", text.lower()) for text in file.descriptions] == counted
-    found = [band_name(text) for text in file.descriptions]
-    known = [band for band in found if band]
-    if all(file.descriptions) and known and not nothing and len(set(known)) == len(known):
-        return tuple(band or "" for band in found)
-    if file.count == 1:
-        raise SceneError("neither the end of its name nor its band's description says which Sentinel-2 band (B01 … B12) it is")
-    if by_position is None:
-        raise SceneError(f"its {file.count} bands have no names: name them with reader.bands=[...]")
-    if len(by_position) != file.count:
-        raise SceneError(f"it has {file.count} bands where reader.bands names {len(by_position)} ({', '.join(by_position)})")
-    return by_position
+    verdict = case.verdict
+    if verdict.wrong_order:
+        raise SceneError(verdict.wrong_order)
+    if verdict.wrong_scale and settings.scale is None:
+        raise SceneError(verdict.wrong_scale)
+    if case.claim:
+        if {case.said, verdict.plus_1000} == KNOWN:
+            has, right = ("carry +1000", -0.1) if verdict.plus_1000 == "yes" else ("carry no +1000", 0)
+            claimed = "there is none" if case.said == "no" else "there is"
+            raise SceneError(
+                f"its numbers {has}, as its darkest pixels show, but {case.claim} says that {claimed}; "
+                f"if the pixels are right, say reader.layouts=[{{match: …, offset: {right}}}]"
+            )
+        return case
+    answer = verdict.plus_1000
+    by = "its pixels"
+    if answer == "unknown" and len(told) == 1:
+        answer, by = next(iter(told)), "the other images' pixels"
+    if answer == "unknown" and settings.harmonize and settings.offset is None and told:
+        raise SceneError("nothing in it is dark enough to tell whether its numbers carry +1000, and the others differ; " + SAY_OFFSET)
+    if answer == "yes" and not settings.harmonize:
+        raise SceneError(
+            f"its numbers carry +1000, as {by} show (products have it since baseline 04.00); say reader.offset=-0.1, or reader.harmonize=true"
+        )
+    scale = settings.scale or PLAIN[0]
+    offset = (settings.offset or 0.0) if answer == "unknown" else -1000 * scale if answer == "yes" else 0.0
+    claim = by if answer != "unknown" else "nobody, and pixels that do not tell"
+    return replace(case, scaling=dict.fromkeys(case.scaling, (scale, offset)), claim=claim)
+
+
+def _scene(case: _Case, settings: Sentinel2Settings, found: Gathering) -> RasterScene | None:
+    """The scene of the wanted bands; None where there is none, which is then accounted for.
+
+    Raises:
+        SceneError: It has too few of them.
+    """
+    image = case.image
+    bands = {band.channel.name: band for band in image.bands}
+    wanted = [_scaled(bands[name], case) for name in settings.channels if name in bands]
+    if not wanted and image.kind == "stack":
+        raise SceneError(f"none of its bands ({', '.join(bands)}) is among the wanted channels")
+    if image.kind != "product" or not wanted:
+        for band in image.bands:
+            if band.channel.name not in settings.channels and band.path not in {chosen.path for chosen in wanted}:
+                found.reject(band.path, f"band {band.channel.name} is not among the wanted channels")
+    if not wanted:
+        return None
+    scene, left = assemble(image.name, wanted)
+    for band, reason in left:
+        found.reject(band.path, reason)
+    if len(scene.bands) < settings.min_channels:
+        names = ", ".join(band.channel.name for band in scene.bands)
+        reason = f"its scene has {len(scene.bands)} of the wanted channels ({names}), reader.min_channels is {settings.min_channels}"
+        for band in scene.bands:
+            found.reject(band.path, reason)
+        return None
+    return replace(scene, times=(image.statement.time,) if image.statement.time else (), documents=image.statement.documents)
+
+
+def _scaled(band: BandFile, case: _Case) -> BandFile:
+    scale, offset = case.scaling[band.channel.name]
+    unit = case.layout.unit if case.layout else "reflectance"
+    return replace(band, channel=replace(band.channel, scale=scale, offset=offset, unit=unit, level=case.level))
+
+
+def _reject(image: Image, reason: str, found: Gathering) -> None:
+    for path in dict.fromkeys(band.path for band in image.bands):
+        found.reject(path, reason)
+
+
+def _per_file(rejected: Sequence[Rejected], taken: set[Path], folder: Path) -> list[Rejected]:
+    """One reason per file on disk that no scene is read from; the first of a zip's members stands for it."""
+    reasons: dict[Path, str] = {}
+    for item in rejected:
+        path = folder / item.file
+        file = archive.on_disk(path)
+        if file not in taken:
+            reasons.setdefault(file, item.reason if file == path else f"{path.name}: {item.reason}")
+    return [Rejected(file.relative_to(folder).as_posix(), reason) for file, reason in reasons.items()]
+
+
+def _notes(cases: Sequence[_Case]) -> list[str]:
+    """What the scenes' numbers are taken for, and how that is known, counted."""
+    lines = Counter(
+        (
+            f"level {case.level or 'unknown'} by {case.level_by}",
+            "; ".join(f"scale {scale:.6g}, offset {offset:.6g}" for scale, offset in sorted(set(case.scaling.values()))),
+            case.claim,
+            {"yes": "the pixels say +1000", "no": "the pixels say no +1000", "unknown": "the pixels do not tell"}[case.verdict.plus_1000],
+        )
+        for case in cases
+    )
+    return [
+        f"Sentinel-2: {count} scenes, {level}; {pairs} by {claim} ({pixels})"
+        for (level, pairs, claim, pixels), count in lines.most_common()
+    ]
+
+
+def _matches(relative: str, pattern: str) -> bool:
+    return fnmatch(relative, pattern) or fnmatch(relative.rsplit("/", 1)[-1], pattern)
