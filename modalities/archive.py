@@ -123,9 +123,8 @@ def _listing(archive: Path, num_bytes: int, _changed_ns: int) -> Mapping[str, in
             )
         sizes[info.filename] = info.file_size
     if sum(sizes.values()) > max(MIN_BOMB_BYTES, MAX_EXPANSION * num_bytes):
-        raise SceneError(
-            f"it says that it unpacks to {sum(sizes.values()) / 2**30:.1f} GiB, more than {MAX_EXPANSION} times its size; nothing of it is read"
-        )
+        total = sum(sizes.values()) / 2**30
+        raise SceneError(f"it says that it unpacks to {total:.1f} GiB, more than {MAX_EXPANSION} times its size; nothing of it is read")
     return sizes
 
 

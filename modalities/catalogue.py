@@ -38,6 +38,7 @@ class Catalogue:
         ignored: Files of another kind, or excluded by the settings; relative paths.
         num_files: All files found; equal to used + rejected + ignored.
         readers: What read each scene, by its name: `sentinel2`, `elevation`, …
+        notes: Lines on what the numbers in the scenes are taken for, and how that is known.
     """
 
     root: Path
@@ -46,6 +47,7 @@ class Catalogue:
     ignored: tuple[str, ...]
     num_files: int
     readers: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_used(self) -> int:
@@ -77,10 +79,12 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         ignored += set(kept) - set(volumes)
         scenes, rejected = scan_volumes(volumes, folder, settings)
         readers: Mapping[str, str] = {}
+        notes: tuple[str, ...] = ()
     else:
         images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored
         scenes, rejected, readers = images.scenes, images.rejected, images.readers
+        notes = images.notes
     catalogue = Catalogue(
         root,
         tuple(sorted(scenes, key=lambda scene: scene.name)),
@@ -88,6 +92,7 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         tuple(sorted(file.relative_to(folder).as_posix() for file in ignored)),
         len(found),
         readers,
+        notes,
     )
     _check(catalogue, settings.kind)
     return catalogue

@@ -21,7 +21,7 @@ from modalities.raster_bands import utc
 from modalities.raster_file import BandFile, RasterFile, inspect
 from modalities.resample import Resampling
 from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
-from modalities.sentinel2 import BANDS as SENTINEL2
+from modalities.sentinel2_bands import BANDS as SENTINEL2
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class RasterScene:
     of the bands is invalid there, so that a mixed scene is only counted where all of its bands measured something;
     the flags say why: `NODATA` (the nodata value or a mask or alpha band of the file), `NOT_FINITE`, `SATURATED`
     (only where the adapter knows the value), `OUTSIDE` (a coarser band does not reach there), and what the maps of classes
-    beside the bands say (`CLOUD`, `EXCLUDED` around clouds).
+    beside the bands say (`CLOUD`, `EXCLUDED` around clouds). `documents` are metadata files that the scene was read by.
     """
 
     name: str

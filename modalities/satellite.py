@@ -16,15 +16,17 @@ from modalities.landsat import LandsatSettings, scan_landsat
 from modalities.place import Placed, group_by_place, name_apart
 from modalities.raster import RasterSettings, scan_rasters
 from modalities.raster_bands import DescribedBand
-from modalities.scene import AdapterSettings, Rejected
+from modalities.scene import AdapterSettings, Rejected, SceneError
 from modalities.sentinel1 import Sentinel1Settings, polarisation, scan_sentinel1
-from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2, split_band
+from modalities.sentinel2 import Account, Sentinel2Settings, scan_sentinel2
+from modalities.sentinel2_bands import split_band
+from modalities.sentinel2_images import COMPANIONS, IMAGES
 
 SensorSettings = Annotated[Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings, Field(discriminator="kind")]
 """How files of one sensor are read, told apart by `kind`."""
 
 ENDINGS = {
-    "sentinel2": (".tif", ".tiff", ".jp2"),
+    "sentinel2": (*IMAGES, *COMPANIONS),
     "sentinel1": (".tif", ".tiff"),
     "landsat": (".tif", ".tiff"),
     "raster": (".tif", ".tiff", ".jp2"),
@@ -91,12 +93,14 @@ class Found:
         rejected: Files that cannot be used.
         ignored: Files of another kind.
         readers: For each scene by name, what read it: `sentinel2`, `elevation`, …, or the globs of a source.
+        notes: Lines on what the numbers are taken for, and how that is known.
     """
 
     scenes: tuple[Placed, ...]
     rejected: tuple[Rejected, ...]
     ignored: tuple[Path, ...]
     readers: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def scan_images(
@@ -105,19 +109,24 @@ def scan_images(
     settings: SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings,
 ) -> Found:
     """Scenes of one adapter or of several, each with a name of its own, grouped by the ground that they show whatever the sensor."""
+    notes: list[str] = []
     if isinstance(settings, SatelliteSettings):
         scenes, rejected, ignored = [], [], []
         for label, key, reader, own in _shared_out(files, folder, settings):
-            some, reasons, rest = _by_one(own, folder, reader)
+            try:
+                some, reasons, rest, lines = _by_one(own, folder, reader)
+            except SceneError as error:
+                raise SceneError(str(error).replace("reader.", f"{key}.")) from error
+            notes += [line.replace("reader.", f"{key}.") for line in lines]
             scenes += [(scene, label) for scene in some]
             rejected += [Rejected(item.file, item.reason.replace("reader.", f"{key}.")) for item in reasons]
             ignored += rest
     else:
-        some, rejected, ignored = _by_one(files, folder, settings)
+        some, rejected, ignored, notes = _by_one(files, folder, settings)
         scenes = [(scene, settings.kind) for scene in some]
     named = name_apart([scene for scene, _ in scenes], folder)
     readers = {scene.name: label for scene, (_, label) in zip(named, scenes, strict=True)}
-    return Found(tuple(group_by_place(named)), tuple(rejected), tuple(ignored), readers)
+    return Found(tuple(group_by_place(named)), tuple(rejected), tuple(ignored), readers, tuple(notes))
 
 
 def recognise(relative: str) -> str:
@@ -163,7 +172,7 @@ def _label(name: str, reader: SensorSettings) -> str:
     return f"{reader.kind} ({globs})" if number.isdigit() else name
 
 
-def _by_one(files: Iterable[Path], folder: Path, settings: SensorSettings) -> tuple[list[Placed], list[Rejected], list[Path]]:
+def _by_one(files: Iterable[Path], folder: Path, settings: SensorSettings) -> tuple[list[Placed], list[Rejected], list[Path], list[str]]:
     candidates: list[Path] = []
     ignored: list[Path] = []
     for file in files:
@@ -171,13 +180,14 @@ def _by_one(files: Iterable[Path], folder: Path, settings: SensorSettings) -> tu
         excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
         (candidates if file.name.lower().endswith(ENDINGS[settings.kind]) and not excluded else ignored).append(file)
     scenes: Sequence[Placed]
+    account = Account()
     match settings:
         case Sentinel2Settings():
-            scenes, rejected = scan_sentinel2(candidates, folder, settings)
+            scenes, rejected = scan_sentinel2(candidates, folder, settings, account)
         case Sentinel1Settings():
             scenes, rejected = scan_sentinel1(candidates, folder, settings)
         case LandsatSettings():
             scenes, rejected = scan_landsat(candidates, folder, settings)
         case RasterSettings():
             scenes, rejected = scan_rasters(candidates, folder, settings)
-    return list(scenes), rejected, ignored
+    return list(scenes), rejected, [*ignored, *account.companions], account.notes

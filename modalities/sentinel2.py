@@ -17,10 +17,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from modalities import archive
+from modalities.class_band import MaskFile, SceneClasses
 from modalities.product import Level
 from modalities.radiometry import Answer, Verdict, judge, look
-from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely
+from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely, split_masks, with_classes, with_masks
 from modalities.raster_file import BandFile
+from modalities.resample import Resampling
 from modalities.scene import AdapterSettings, Rejected, SceneError
 from modalities.sentinel2_bands import BANDS, ORDERS, band_name
 from modalities.sentinel2_images import Gathering, Image, gather
@@ -86,6 +88,10 @@ class Sentinel2Settings(AdapterSettings):
         level: L1C or L2A, for files that do not say by metadata or name.
         levels: Levels to read; scenes of others are rejected. Without it a folder that holds both is refused, because the
             same band is another quantity in each.
+        scene_classes: What is done with a scene classification (SCL) among the bands.
+        clouds: A file beside every image that says which of its pixels are bad.
+        resampling: How bands of 20 and 60 m are brought to the finest grid: `bilinear` between valid pixels, or `native`,
+            each measurement repeated over the ground that it covers, to be learned at its own resolution.
         exclude: Globs of relative paths or file names that are not looked at.
         min_channels: A scene with fewer of `channels` is rejected.
     """
@@ -100,6 +106,9 @@ class Sentinel2Settings(AdapterSettings):
     harmonize: bool = False
     level: Level | None = None
     levels: tuple[Level, ...] | None = Field(None, min_length=1)
+    scene_classes: SceneClasses = SceneClasses()
+    clouds: MaskFile | None = None
+    resampling: Resampling = "bilinear"
     exclude: tuple[str, ...] = ()
     min_channels: int = Field(1, ge=1)
 
@@ -163,10 +172,11 @@ class _Case:
 
     @property
     def convention(self) -> Answer:
-        """The same by the claim, else by the pixels; unknown where it was said for this very file, which settles it."""
+        """The same by metadata, else by the pixels, else by the settings for all; unknown where it was said for this very file."""
         if self.explicit or self.verdict.wrong_order or self.verdict.wrong_scale:
             return "unknown"
-        return self.said if self.claim else self.verdict.plus_1000
+        by_metadata = self.claim and not self.claim.startswith("reader.")
+        return self.said if by_metadata or self.verdict.plus_1000 == "unknown" else self.verdict.plus_1000
 
 
 def scan_sentinel2(
@@ -183,7 +193,8 @@ def scan_sentinel2(
         SceneError: The folder holds both conventions of the offset, or both levels, and the settings do not say how to take them.
     """
     everything = list(files)
-    found = gather(everything, folder, settings.order)
+    images, masks = split_masks(everything, settings.clouds)
+    found = gather(images, folder, settings.order)
     cases: list[_Case] = []
     for image in found.images:
         try:
@@ -204,7 +215,8 @@ def scan_sentinel2(
         if scene:
             scenes.append(scene)
             used.append(settled)
-    named = name_uniquely(scenes, folder)
+    named, unmasked = with_masks(name_uniquely(scenes, folder), masks, folder, settings.clouds)
+    found.rejected += unmasked
     taken = {file for scene in named for file in scene.files}
     rejected = _per_file(found.rejected, taken, folder)
     if account is not None:
@@ -319,7 +331,7 @@ def _settle(case: _Case, settings: Sentinel2Settings, told: set[Answer]) -> _Cas
         raise SceneError("nothing in it is dark enough to tell whether its numbers carry +1000, and the others differ; " + SAY_OFFSET)
     if answer == "yes" and not settings.harmonize:
         raise SceneError(
-            f"its numbers carry +1000, as {by} show (products have it since baseline 04.00); say reader.offset=-0.1, or reader.harmonize=true"
+            f"its numbers carry +1000, as {by} show (products do since baseline 04.00); say reader.offset=-0.1, or reader.harmonize=true"
         )
     scale = settings.scale or PLAIN[0]
     offset = (settings.offset or 0.0) if answer == "unknown" else -1000 * scale if answer == "yes" else 0.0
@@ -344,7 +356,7 @@ def _scene(case: _Case, settings: Sentinel2Settings, found: Gathering) -> Raster
                 found.reject(band.path, f"band {band.channel.name} is not among the wanted channels")
     if not wanted:
         return None
-    scene, left = assemble(image.name, wanted)
+    scene, left = assemble(image.name, wanted, settings.resampling)
     for band, reason in left:
         found.reject(band.path, reason)
     if len(scene.bands) < settings.min_channels:
@@ -353,6 +365,8 @@ def _scene(case: _Case, settings: Sentinel2Settings, found: Gathering) -> Raster
         for band in scene.bands:
             found.reject(band.path, reason)
         return None
+    if image.classes and settings.scene_classes.use:
+        scene = with_classes(scene, settings.scene_classes.band(*image.classes))
     return replace(scene, times=(image.statement.time,) if image.statement.time else (), documents=image.statement.documents)
 
 

@@ -96,5 +96,11 @@ def split_band(stem: str) -> tuple[str, str] | None:
     return (_canonical(code[1]), rest.strip("_-. ")) if code else None
 
 
+def split_classes(stem: str) -> str | None:
+    """What the name of a scene classification without ending (`T33_SCL_20m`) has in common with its bands' names; None for others."""
+    found = re.fullmatch(r"(.*?)(?:^|(?<=[^A-Za-z0-9]))SCL(?:_(?:10|20|60)m)?", stem, re.IGNORECASE)
+    return found[1].strip("_-. ") if found else None
+
+
 def _canonical(number: str) -> str:
     return "B8A" if number.lower() == "8a" else f"B{int(number):02d}"

@@ -16,10 +16,12 @@ from modalities.product import Statement, from_names
 from modalities.raster_file import BROKEN, BandFile, RasterFile, holds_only, inspect, plain
 from modalities.safe import METADATA, granule_of, is_image, product_of, read_product
 from modalities.scene import Channel, Rejected, SceneError
-from modalities.sentinel2_bands import BANDS, ORDERS, band_name, split_band
+from modalities.sentinel2_bands import BANDS, ORDERS, band_name, split_band, split_classes
 from modalities.stac import Item, of_earth_engine, read_item, read_json
 
 IMAGES = (".tif", ".tiff", ".jp2")
+COMPANIONS = (".zip", ".xml", ".json", ".geojson")
+"""Endings of files that hold images, and of those that hold or describe them."""
 
 _BY_RESOLUTION = re.compile(r"R(10|20|60)m")
 _RESOLUTION = re.compile(r"_(10|20|60)m$")
@@ -34,12 +36,14 @@ class Image:
         bands: Files of the bands with the scale and offset of their own tags, 1 and 0 without.
         statement: What metadata or names say.
         kind: A product, whose other files are known and need no reason; a STAC item; files joined by name; or one file of many bands.
+        classes: File and position of the scene classification (SCL); None for none.
     """
 
     name: str
     bands: tuple[BandFile, ...]
     statement: Statement
     kind: Literal["product", "item", "joined", "stack"]
+    classes: tuple[RasterFile, int] | None = None
 
 
 @dataclass
@@ -56,9 +60,13 @@ class Gathering:
     images: list[Image] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
+    def relative(self, path: Path) -> str:
+        """The path as it is told."""
+        return path.relative_to(self.folder).as_posix()
+
     def reject(self, path: Path, reason: str) -> None:
         """A file, or a member of a zip, cannot be used."""
-        self.rejected.append(Rejected(path.relative_to(self.folder).as_posix(), reason))
+        self.rejected.append(Rejected(self.relative(path), reason))
 
 
 def gather(files: Iterable[Path], folder: Path, order: Callable[[str], tuple[str, ...] | None]) -> Gathering:
@@ -113,39 +121,58 @@ def _take_product(product: Path, files: list[Path], metadata: set[Path], found: 
     documents = [path for path in files if METADATA.fullmatch(path.name)]
     try:
         statement = read_product(product, metadata)
-        if not granules:
-            raise SceneError("its product has no images under GRANULE/*/IMG_DATA; fetch the product anew")
     except SceneError as error:
         for path in [path for inside in granules.values() for path in inside] or documents or files[:1]:
             found.reject(path, str(error))
         return
+    if not granules:
+        found.reject(documents[0], "its product has no images under GRANULE/*/IMG_DATA; fetch the product anew")
     parts = [re.sub(r"(\.SAFE|\.zip)+$", "", part, flags=re.IGNORECASE) for part in product.relative_to(found.folder).parts]
     name = "/".join(dict.fromkeys(parts)) or re.sub(r"\.SAFE$", "", found.folder.resolve().name)
     for granule, inside in sorted(granules.items()):
-        bands = []
-        for path, band in _finest(inside).items():
-            try:
-                bands.append(_band(inspect(path, path.relative_to(found.folder).as_posix()), 0, band))
-            except SceneError as error:
-                found.reject(path, str(error))
-        if bands:
-            own = name if len(granules) == 1 else f"{name}/{granule}"
-            special = [replace(band, nodata=statement.nodata, saturated=statement.saturated) for band in bands]
-            found.images.append(Image(own, tuple(special), statement, "product"))
-        elif not any((found.folder / item.file) in inside for item in found.rejected):
-            found.reject(inside[0], "no image of its product has a band's name (…_B02.jp2, …_B02_10m.jp2)")
+        _take_granule(name if len(granules) == 1 else f"{name}/{granule}", inside, statement, found)
+
+
+def _take_granule(name: str, files: list[Path], statement: Statement, found: Gathering) -> None:
+    finest = _finest(files)
+    bands = []
+    for path, band in finest.items():
+        try:
+            bands.append(_band(inspect(path, found.relative(path)), 0, band))
+        except SceneError as error:
+            found.reject(path, str(error))
+    classes = min((path for path in files if split_classes(path.stem) is not None), key=_resolution, default=None)
+    special = [replace(band, nodata=statement.nodata, saturated=statement.saturated) for band in bands]
+    if bands:
+        found.images.append(Image(name, tuple(special), statement, "product", _classes(classes, found)))
+    elif not finest:
+        found.reject(files[0], "no image of its product has a band's name (…_B02.jp2, …_B02_10m.jp2)")
+
+
+def _classes(path: Path | None, found: Gathering) -> tuple[RasterFile, int] | None:
+    """The scene classification in a file of its own; None where there is none, or it is rejected."""
+    if path is None:
+        return None
+    try:
+        return inspect(path, found.relative(path), colour_table=True), 0
+    except SceneError as error:
+        found.reject(path, str(error))
+        return None
 
 
 def _finest(files: list[Path]) -> dict[Path, str]:
     """The file of the finest resolution for every band that the names speak of."""
-    best: dict[str, tuple[int, Path]] = {}
+    best: dict[str, Path] = {}
     for path in sorted(files):
         split = split_band(path.stem)
         if split:
-            size = _RESOLUTION.search(path.stem)
-            candidate = (int(size[1]) if size else 0, path)
-            best[split[0]] = min(best.get(split[0], candidate), candidate)
-    return {path: band for band, (_, path) in best.items()}
+            best[split[0]] = min(best.get(split[0], path), path, key=_resolution)
+    return {path: band for band, path in best.items()}
+
+
+def _resolution(path: Path) -> tuple[int, Path]:
+    size = _RESOLUTION.search(path.stem)
+    return int(size[1]) if size else 0, path
 
 
 def _take_items(documents: list[Path], files: frozenset[Path], found: Gathering) -> tuple[set[Path], dict[Path, Statement]]:
@@ -173,41 +200,62 @@ def _take_item(item: Item, found: Gathering) -> None:
     bands: list[BandFile] = []
     for path, band in item.bands.items():
         try:
-            file = inspect(path, path.relative_to(found.folder).as_posix())
-            if file.count != 1:
-                raise SceneError(f"it has {file.count} bands where the item {item.path.name} says that it is {band}")
-            bands.append(_band(file, 0, band))
+            file = inspect(path, found.relative(path))
         except SceneError as error:
             found.reject(path, str(error))
+            continue
+        if file.count == 1:
+            bands.append(_band(file, 0, band))
+        else:
+            found.reject(path, f"it has {file.count} bands where the item {item.path.name} says that it is {band}")
     kept = _one_each(bands, found)
-    name = item.path.relative_to(found.folder).with_suffix("").as_posix()
-    named = from_names(item.path.relative_to(found.folder).as_posix())
+    relative = found.relative(item.path)
+    named = from_names(relative)
     statement = replace(item.statement, level=item.statement.level or named.level, time=item.statement.time or named.time)
     if kept:
-        found.images.append(Image(name, kept, statement, "item"))
+        name = Path(relative).with_suffix("").as_posix()
+        found.images.append(Image(name, kept, statement, "item", _classes(item.scene_classes, found)))
 
 
 def _take_loose(files: Iterable[Path], notes: dict[Path, Statement], found: Gathering) -> None:
     joined: defaultdict[tuple[str, str], list[BandFile]] = defaultdict(list)
+    maps: dict[tuple[str, str], Path] = {}
     for path in files:
-        relative = path.relative_to(found.folder).as_posix()
         try:
-            file = inspect(path, relative)
+            rest = split_classes(path.stem)
+            if rest is not None:
+                first = maps.setdefault((_place(path, found), rest), path)
+                maps[_place(path, found), rest] = min(first, path, key=_resolution)
+                continue
+            file = inspect(path, found.relative(path))
             split = split_band(path.stem)
             validity = _validity(file) if split and file.count == 2 else None
             if split and (file.count == 1 or validity):
-                place = Path(relative).parent
-                place = place.parent if _BY_RESOLUTION.fullmatch(place.name) else place
-                joined[place.as_posix(), split[1]].append(_band(file, 0, split[0], validity))
+                joined[_place(path, found), split[1]].append(_band(file, 0, split[0], validity))
                 continue
-            names = _names(file, found.order(relative))
-            bands = tuple(_band(file, i, name) for i, name in enumerate(names) if name)
-            found.images.append(Image(Path(relative).with_suffix("").as_posix(), bands, _said(path, found.folder, notes), "stack"))
+            found.images.append(_stack(file, _said(path, found.folder, notes), found))
         except SceneError as error:
             found.reject(path, str(error))
     for (place, rest), parts in sorted(joined.items()):
         name = "/".join(part for part in (place, rest) if part not in ("", ".")) or found.folder.resolve().name or "scene"
-        found.images.append(Image(name, _one_each(parts, found), _said(parts[0].path, found.folder, notes), "joined"))
+        classes = _classes(maps.pop((place, rest), None), found)
+        found.images.append(Image(name, _one_each(parts, found), _said(parts[0].path, found.folder, notes), "joined", classes))
+    for path in maps.values():
+        found.reject(path, "it is a scene classification without bands beside it")
+
+
+def _place(path: Path, found: Gathering) -> str:
+    """The folder of a file, without the part that only says the resolution."""
+    parent = path.parent.relative_to(found.folder)
+    return (parent.parent if _BY_RESOLUTION.fullmatch(parent.name) else parent).as_posix()
+
+
+def _stack(file: RasterFile, statement: Statement, found: Gathering) -> Image:
+    names = _names(file, found.order(file.relative))
+    bands = tuple(_band(file, i, name) for i, name in enumerate(names) if name)
+    maps = [i for i, text in enumerate(file.descriptions) if split_classes(text) == ""]
+    name = Path(file.relative).with_suffix("").as_posix()
+    return Image(name, bands, statement, "stack", (file, maps[0]) if len(maps) == 1 else None)
 
 
 def _said(path: Path, folder: Path, notes: dict[Path, Statement]) -> Statement:

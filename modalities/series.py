@@ -197,7 +197,7 @@ def scan_series(files: Sequence[Path], folder: Path, settings: SeriesSettings) -
                 for image in part:
                     refuse(image, _too_few(len(dated), len(part), elsewhere, settings))
     readers = {scene.name: f"series of {found.readers[scene.name]}" for scene in series}
-    return Found(tuple(series), tuple(rejected), found.ignored, readers)
+    return Found(tuple(series), tuple(rejected), found.ignored, readers, found.notes)
 
 
 def _alike(image: Placed, readers: Mapping[str, str]) -> Alike:

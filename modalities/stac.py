@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -88,45 +88,51 @@ def read_item(content: Any, path: Path, folder: Path, files: frozenset[Path]) ->
     properties, assets = content.get("properties"), content.get("assets")
     if not isinstance(properties, dict) or not isinstance(assets, dict) or not _is_sentinel2(content, properties):
         return None
-    bands: dict[Path, str] = {}
-    scaling: dict[str, tuple[float, float]] = {}
-    scene_classes: Path | None = None
-    missing: list[str] = []
+    found = _Assets()
     applied = [value for key, value in properties.items() if key.endswith(":boa_offset_applied") and isinstance(value, bool)]
     for key, asset in assets.items():
-        if not isinstance(asset, dict) or not isinstance(asset.get("href"), str) or PICTURES & set(asset.get("roles") or ()):
-            continue
-        band = _band_of(key, asset)
-        is_classes = _RESOLUTION.sub("", key.lower()) == "scl"
-        if band is None and not is_classes:
-            continue
-        file = _file_of(asset["href"], path, folder, files)
-        if file is None:
-            missing.append(asset["href"])
-        elif band is None:
-            scene_classes = scene_classes or file
-        else:
-            bands[file] = band
-            stated = _scaling_of(asset)
-            if applied and applied[0]:
-                stated = (stated[0] if stated else 1e-4, 0.0)
-            if stated and scaling.setdefault(band, stated) != stated:
-                raise SceneError(f"it gives two scales or offsets for {band}; correct it")
-    if not bands:
-        first = f", such as {missing[0][:120]}" if missing else ""
-        raise SceneError(
-            f"none of its bands is a file of this folder ({len(missing)} elsewhere{first}); fetch them beside it, nothing remote is read"
-        )
+        if isinstance(asset, dict) and isinstance(asset.get("href"), str) and not PICTURES & set(asset.get("roles") or ()):
+            found.take(key, asset, _file_of(asset["href"], path, folder, files), already_subtracted=any(applied))
+    if not found.bands:
+        first = f", such as {found.missing[0][:120]}" if found.missing else ""
+        elsewhere = f"{len(found.missing)} elsewhere{first}"
+        raise SceneError(f"none of its bands is a file of this folder ({elsewhere}); fetch them beside it, nothing remote is read")
     statement = Statement(
         path.name,
         _level_of(content, properties),
         iso_time(str(properties.get("datetime") or properties.get("start_datetime") or "")),
         str(properties.get("s2:processing_baseline") or properties.get("processing:version") or ""),
         str(properties.get("s2:mgrs_tile") or properties.get("grid:code") or "").removeprefix("MGRS-"),
-        scaling=scaling,
+        scaling=found.scaling,
         documents=(path,),
     )
-    return Item(path, bands, statement, scene_classes)
+    return Item(path, found.bands, statement, found.scene_classes)
+
+
+@dataclass
+class _Assets:
+    bands: dict[Path, str] = field(default_factory=dict)
+    scaling: dict[str, tuple[float, float]] = field(default_factory=dict)
+    scene_classes: Path | None = None
+    missing: list[str] = field(default_factory=list)
+
+    def take(self, key: str, asset: Mapping[str, Any], file: Path | None, *, already_subtracted: bool) -> None:
+        """Note the band or scene classification that an asset is; `already_subtracted`: its offset was, whatever `raster:bands` say."""
+        band = _band_of(key, asset)
+        is_classes = band is None and _RESOLUTION.sub("", key.lower()) == "scl"
+        if not band and not is_classes:
+            return
+        if file is None:
+            self.missing.append(asset["href"])
+        elif not band:
+            self.scene_classes = self.scene_classes or file
+        else:
+            self.bands[file] = band
+            stated = _scaling_of(asset)
+            if already_subtracted:
+                stated = (stated[0] if stated else 1e-4, 0.0)
+            if stated and self.scaling.setdefault(band, stated) != stated:
+                raise SceneError(f"it gives two scales or offsets for {band}; correct it")
 
 
 def _is_sentinel2(content: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:

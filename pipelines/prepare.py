@@ -122,6 +122,8 @@ def tell_catalogue(catalogue: Catalogue) -> None:
     )
     if catalogue.readers:
         tell_account(catalogue)
+    for note in catalogue.notes:
+        console.print(note)
     if catalogue.rejected:
         reasons = Counter(item.reason for item in catalogue.rejected)
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}

@@ -9,16 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from modalities.catalogue import Catalogue, scan
-from modalities.labels import match_labels
 from modalities.quality import Quality
 from modalities.raster import Radiometry, RasterScene
-from modalities.scene import SceneError
-from modalities.sentinel2 import BANDS, Sentinel2Settings, band_name, scan_sentinel2, split_band
+from modalities.sentinel2 import Sentinel2Settings, scan_sentinel2
+from modalities.sentinel2_bands import BANDS, band_name, split_band
 from tests.synthetic_rasters import check_scene, north_up, world_values, write_raster, write_world
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data" / "satellite"
 TEN = Sentinel2Settings()
+RISING = ["B10", *(name for name in BANDS if name != "B10")]
 NO_BAND = "neither the end of its name nor its band's description says which Sentinel-2 band (B01 … B12) it is"
 
 
@@ -34,10 +32,10 @@ def names(scene: RasterScene) -> list[str]:
 
 
 def write_product(folder: Path, stem: str = "T33_2020_{}.tif", dtype: str = "float32") -> None:
-    """All 13 bands of 120 × 180 pixels of 10 m at their own resolutions."""
-    for i, (name, band) in enumerate(BANDS.items()):
+    """All 13 bands of 120 × 180 pixels of 10 m at their own resolutions, each brighter than the one before, B10 the darkest."""
+    for name, band in BANDS.items():
         step = int(band.resolution_m / 10)
-        write_world(folder / stem.format(name), (120 // step, 180 // step), band.resolution_m, i, dtype)
+        write_world(folder / stem.format(name), (120 // step, 180 // step), band.resolution_m, RISING.index(name), dtype)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_files_of_one_band_become_one_scene_on_the_ten_metre_grid(tmp_path: Path
     pixels, quality = scene.read(scene.grid.full)
     assert not quality.any()
     for i, channel in enumerate(scene.channels):
-        wanted = world_values(north_up(), (120, 180), list(BANDS).index(channel.name))
+        wanted = world_values(north_up(), (120, 180), RISING.index(channel.name))
         np.testing.assert_allclose(pixels[i, 6:-6, 6:-6], wanted[6:-6, 6:-6], atol=2e-3)
         assert (channel.wavelength_nm, channel.resolution_m) == (BANDS[channel.name].wavelength_nm, BANDS[channel.name].resolution_m)
         assert (channel.scale, channel.offset) == (1e-4, 0)
@@ -145,11 +143,11 @@ def test_a_product_folder_and_doubled_resolutions(tmp_path: Path) -> None:
             write_world(path, (24 // step, 24 // step), 10.0 * step, dtype="uint16")
     (scene,), rejected = found_in(tmp_path)
     assert (scene.name, names(scene), scene.grid.space) == ("IMG_DATA/T33", ["B02", "B03", "B05"], (24, 24))
+    assert [classes.band.path.name for classes in scene.class_bands] == ["T33_SCL_20m.tif"]
     assert rejected == {
         "IMG_DATA/R20m/T33_B02_20m.tif": "band B02 is read from T33_B02_10m.tif, which is finer",
         "IMG_DATA/R60m/T33_B02_60m.tif": "band B02 is read from T33_B02_10m.tif, which is finer",
         "IMG_DATA/R60m/T33_B05_60m.tif": "band B05 is read from T33_B05_20m.tif, which is finer",
-        "IMG_DATA/R20m/T33_SCL_20m.tif": NO_BAND,
     }
 
 
@@ -224,111 +222,3 @@ def test_radiometry_comes_from_the_glob_then_the_file_then_the_settings(tmp_path
     assert [(c.scale, c.offset) for c in found_in(tmp_path, chosen)[0][0].channels] == [(1e-3, 0.5), (1e-4, -0.1)]
     chosen = Sentinel2Settings(radiometry=(Radiometry(match="*B03.tif", scale=2),))
     assert [(c.scale, c.offset) for c in found_in(tmp_path, chosen)[0][0].channels] == [(1e-4, 0), (2, 0)]
-
-
-def real(name: str, **chosen: object) -> Catalogue:
-    if not (DATA / name).is_dir():
-        pytest.skip(f"real files are not at {DATA / name}")
-    return scan(DATA / name, Sentinel2Settings.model_validate(chosen))
-
-
-def reasons(catalogue: Catalogue) -> dict[str, int]:
-    counted: dict[str, int] = {}
-    for item in catalogue.rejected:
-        counted[item.reason] = counted.get(item.reason, 0) + 1
-    return counted
-
-
-REAL = [
-    ("majortom_core_199U_1099R", (1068, 1068), 1, {"B01": 1, "B09": 1, NO_BAND: 1}),
-    ("bigearthnet_tiny", (120, 120), 1, {"B01": 1, "B09": 1}),
-    ("ssl4eo_s12_0000200", (264, 264), 4, {"B01": 4, "B09": 4, "B10": 2, NO_BAND: 4}),
-    ("aquileia_s2", (689, 1200), 1, {"B01": 1, "B09": 1}),
-    ("sundarbans_s2", (954, 298), 1, {"B01": 1, "B09": 1, "its 3 bands have no names: name them with reader.bands=[...]": 1}),
-]
-
-
-@pytest.mark.parametrize(("name", "space", "count", "rejected"), REAL)
-def test_real_products_of_one_file_a_band(name: str, space: tuple[int, int], count: int, rejected: dict[str, int]) -> None:
-    found = real(name)
-    assert len(found.scenes) == count
-    assert reasons(found) == {f"band {key} is not among the wanted channels" if key in BANDS else key: n for key, n in rejected.items()}
-    assert len({scene.group for scene in found.scenes}) == 1
-    for scene in found.scenes:
-        assert (scene.grid.space, [channel.name for channel in scene.channels]) == (space, list(TEN.channels))
-        assert scene.dtype == np.uint16
-    check_scene(found.scenes[0])
-
-
-def test_real_twenty_metre_bands_keep_their_means_on_the_ten_metre_grid() -> None:
-    (scene,) = real("majortom_core_199U_1099R").scenes
-    pixels, quality = scene.read(scene.grid.full)
-    assert not quality.any()
-    with rasterio.open(next(file for file in scene.files if file.name == "B11.tif")) as source:
-        native = source.read(1).astype(float)
-    means = pixels[list(TEN.channels).index("B11")].reshape(534, 2, 534, 2).mean(axis=(1, 3))
-    weights = np.array([1, 6, 1]) / 8
-    smooth = sum(w * v * np.roll(native, (i - 1, j - 1), (0, 1)) for i, w in enumerate(weights) for j, v in enumerate(weights))
-    np.testing.assert_allclose(means[1:-1, 1:-1], smooth[1:-1, 1:-1], atol=0.5)
-
-
-def test_the_validity_band_of_the_portal_export() -> None:
-    (scene,) = real("sundarbans_s2").scenes
-    with rasterio.open(scene.files[0]) as source:
-        empty = source.read(2) == 0
-    quality = scene.read(scene.grid.full)[1]
-    assert empty.sum() == 20316
-    assert (quality[empty] & Quality.NODATA).all()
-    assert (quality == Quality.NODATA).sum() == 20436
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "num_bands", "rejected"),
-    [
-        ("aberystwyth_s2_landcover", 16, 10, {NO_BAND: 2}),
-        ("hydro_patches", 4, 12, {}),
-        ("eurosat_ms", 2, 13, {}),
-        (
-            "terramind_examples",
-            3,
-            12,
-            {
-                NO_BAND: 6,
-                "it has 2 bands where reader.bands names 12 ({})": 3,
-                "it has 13 bands where reader.bands names 12 ({})": 3,
-            },
-        ),
-    ],
-)
-def test_real_files_of_unnamed_bands(name: str, count: int, num_bands: int, rejected: dict[str, int]) -> None:
-    with pytest.raises(
-        SceneError,
-        match=rf"holds nothing usable as sentinel2[\s\S]*its {13 if num_bands == 12 and rejected else num_bands} bands have no names",
-    ):
-        real(name)
-    everything = [band for band in BANDS if band != "B10" or num_bands == 13]
-    bands = list(TEN.channels) if num_bands == 10 else everything
-    found = real(name, bands=bands)
-    assert len(found.scenes) == count
-    assert reasons(found) == {key.format(", ".join(bands)): n for key, n in rejected.items()}
-    assert len({scene.group for scene in found.scenes}) == count
-    check_scene(found.scenes[0])
-
-
-def test_one_land_cover_map_serves_every_tile_of_the_real_scene() -> None:
-    found = real("aberystwyth_s2_landcover", bands=list(TEN.channels), scale=1e-3)
-    labelling = match_labels(found, DATA / "aberystwyth_s2_landcover" / "sen2_20210527_aber_cls.tif")
-    assert (len(labelling.pairs), labelling.without) == (16, [])
-    with rasterio.open(DATA / "aberystwyth_s2_landcover" / "sen2_20210527_aber_cls.tif") as source:
-        whole, affine = source.read(1), source.transform
-    water, land = [], []
-    for scene, labels in labelling.pairs:
-        assert isinstance(scene, RasterScene)
-        read = labels.read(scene.grid.full)
-        x, y = scene.grid.world((0, 0))
-        column, row = round((x - affine.c) / 10 - 0.5), round((affine.f - y) / 10 - 0.5)
-        np.testing.assert_array_equal(read, whole[row : row + read.shape[0], column : column + read.shape[1]])
-        nir = scene.read(scene.grid.full)[0][list(TEN.channels).index("B08")]
-        water.append(nir[read == 4])
-        land.append(nir[read == 2])
-    assert np.median(np.concatenate(water)) < np.median(np.concatenate(land)) / 2
