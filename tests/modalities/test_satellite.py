@@ -180,7 +180,10 @@ def test_one_sensor_alone_is_read_as_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real files at ../shared/data are missing")
 def test_all_real_folders_at_once() -> None:
-    catalogue = scan(DATA, SatelliteSettings(sentinel1=Sentinel1Settings(bands=("VV", "VH"))))
+    radar = Sentinel1Settings(bands=("VV", "VH"))
+    with pytest.raises(SceneError, match=r"level L1C .* choose with reader\.sentinel2\.levels=\[L2A\]"):
+        scan(DATA, SatelliteSettings(sentinel1=radar))
+    catalogue = scan(DATA, SatelliteSettings(sentinel1=radar, sentinel2=Sentinel2Settings(levels=("L2A",))))
     check_counts(catalogue)
     entries = {entry.reader: entry for entry in account(catalogue)}
     assert entries["sentinel1"].scenes == 5
