@@ -21,8 +21,8 @@ class ReaderAccount:
     Attributes:
         reader: What read the scenes: `sentinel2`, `elevation`, or the globs of a source.
         scenes, files, places: How many; scenes of one place show the same ground.
-        levels: Processing levels and their scenes; `unknown` where nobody said.
-        dates: First and last day of an acquisition, and of how many scenes none is known.
+        levels: Processing levels and their scenes; `unknown` where nobody said, empty for what has none (elevation).
+        dates: First and last day of an acquisition, and of how many scenes none is known; likewise.
         frames: Coordinate reference systems and their scenes, and where there is none.
         channels: Names; with the number of scenes where some lack one.
         radiometry: Physical value by stored value, and the scenes that it holds for.
@@ -50,14 +50,15 @@ def account(catalogue: Catalogue) -> tuple[ReaderAccount, ...]:
 def _of_reader(reader: str, scenes: list[Scene]) -> ReaderAccount:
     frames = [scene.grid.frame.split("\n")[0][:40] or "none" for scene in scenes]
     names = Counter(channel.name for scene in scenes for channel in scene.channels)
+    lasting = all(channel.unit == "m" for scene in scenes for channel in scene.channels)
     some = [f"{name} ({count})" if count < len(scenes) else name for name, count in names.items()]
     return ReaderAccount(
         reader,
         len(scenes),
         sum(len(scene.files) for scene in scenes),
         len({scene.group for scene in scenes}),
-        _counted(_level(scene) for scene in scenes),
-        _dates(scenes),
+        "" if lasting else _counted(_level(scene) for scene in scenes),
+        "" if lasting else _dates(scenes),
         _counted(frames, SHOWN_FRAMES),
         " ".join(some),
         _counted(_radiometry(scene) for scene in scenes),

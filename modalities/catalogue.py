@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -110,8 +111,10 @@ def _check(catalogue: Catalogue, kind: str) -> None:
     if total != catalogue.num_files:
         raise AssertionError(f"the catalogue of {catalogue.root} lost files: {total} accounted of {catalogue.num_files}")
     if not catalogue.scenes:
-        lines = "".join(f"\n  {item.file}: {item.reason}" for item in catalogue.rejected[:10])
-        more = f"\n  … and {len(catalogue.rejected) - 10} more" if len(catalogue.rejected) > 10 else ""
+        counts = Counter(item.reason for item in catalogue.rejected).most_common()
+        first = {item.reason: item.file for item in reversed(catalogue.rejected)}
+        lines = "".join(f"\n  {first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}" for reason, count in counts[:10])
+        more = f"\n  … and {len(counts) - 10} more reasons" if len(counts) > 10 else ""
         raise SceneError(
             f"{catalogue.root} holds nothing usable as {kind}: {catalogue.num_files} files found, "
             f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded.{lines}{more}"

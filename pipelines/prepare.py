@@ -143,7 +143,7 @@ def tell_account(catalogue: Catalogue) -> None:
             "channels": entry.channels,
             "radiometry": entry.radiometry,
         }
-        console.print(head + "".join(f"\n  {name:<10} {escape(text)}" for name, text in lines.items()))
+        console.print(head + "".join(f"\n  {name:<10} {escape(text)}" for name, text in lines.items() if text))
 
 
 def tell_report(report: PreparationReport) -> None:

@@ -152,12 +152,18 @@ def test_the_account_says_what_an_analyst_asks(tmp_path: Path) -> None:
     two = entries["sentinel2"]
     assert (two.scenes, two.files, two.places, two.channels, two.frames) == (2, 4, 2, "B02 B03", "EPSG:32633")
     assert "= stored · 0.0001" in two.radiometry
+    three = entries["elevation"]
+    assert (three.levels, three.dates, three.channels, three.radiometry) == ("", "", "DEM", "m as stored")
 
 
 def test_nothing_usable_is_said_with_counts(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("text")
-    with pytest.raises(SceneError, match="nothing usable as satellite: 1 files found, 0 rejected, 1 of another kind"):
+    for name in "ab":
+        (tmp_path / f"{name}_B02.tif").write_bytes(b"no raster")
+    with pytest.raises(SceneError, match="nothing usable as satellite: 3 files found, 2 rejected, 1 of another kind") as caught:
         scan(tmp_path, SatelliteSettings())
+    assert str(caught.value).count("\n") == 1, "one line for one reason"
+    assert "\n  a_B02.tif and 1 more: not a readable GeoTIFF" in str(caught.value)
 
 
 def test_settings() -> None:
