@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from mae_core.augment import normalise
 from mae_core.context import Context
 from mae_core.export import Description
 from mae_core.heads import Segmenter
+from mae_core.native import common_footprint
 from mae_core.segmentation import chances, columns_of
 from mae_core.tiling import Blend, Window, strips
 
@@ -37,7 +39,7 @@ class Source:
         space: Its size.
         block: What the source unpacks at once, in voxels per axis.
         itemsize: Bytes of a stored value.
-        channels: Names, in the order of the pixels' first axis.
+        channels: Names, as the model knows them, in the order of the pixels' first axis.
         scale, offset: Physical value = stored · scale + offset, by channel.
         context: What else is known of it, as a batch of one.
     """
@@ -106,22 +108,25 @@ class Labeller:
         """
         about = self.description
         columns = columns_of(about.channels, source.channels)
-        rows = _Rows(source, about.crop, strip)
+        rows = Rows(source, about.crop, strip)
 
         def predict(windows: list[Window]) -> Tensor:
             parts = [rows.window(window) for window in windows]
-            known = torch.from_numpy(np.stack([quality & about.no_value for _, quality in parts])) == 0
+            flags = [_padded(quality & about.no_value, about.crop, about.no_value) for _, quality in parts]
+            known = torch.from_numpy(np.stack(flags)) == 0
             out = torch.zeros(len(windows), len(about.classes), *about.crop)
             some = known.flatten(1).any(dim=1)  # a crop without any value is labelled nowhere
             if some.any():
-                pixels = self.fed(source, columns, np.stack([part for part, _ in parts]), known)
+                pixels = self.fed(source, columns, np.stack([_padded(part, about.crop, 0) for part, _ in parts]), known)
                 device = next(self.model.parameters()).device
                 context = _repeated(source.context, int(some.sum())).to(device)
                 out[some] = chances(self.model, about.crop, pixels[some].to(device), known[some].to(device), context)
             return out
 
+        step = common_footprint([1, *about.encoder.footprints.values()])
+        blend = Blend(source.space, about.crop, self.overlap, predict, self.batch_size, step)
         values = torch.tensor([value for value, _ in about.classes], dtype=torch.uint8)
-        for window, chance in Blend(source.space, about.crop, self.overlap, predict, self.batch_size).bands(strip, first):
+        for window, chance in blend.bands(strip, first):
             known = torch.from_numpy((rows.window(window)[1] & about.no_value) == 0)
             labels = torch.where(known, values[chance.argmax(dim=0)], self.no_label).to(torch.uint8)
             yield Band(window, labels.numpy(), torch.where(known, chance, torch.nan).numpy())
@@ -152,7 +157,7 @@ def read_rows(source: Source) -> int:
     return rows if rows * row_bytes <= MAX_READ_BYTES else min(rows, max(MIN_ROWS, MAX_READ_BYTES // row_bytes))
 
 
-class _Rows:
+class Rows:
     """The rows of a strip, and of what crops reach beyond it, that were read and are still needed."""
 
     def __init__(self, source: Source, crop: Sequence[int], strip: slice) -> None:
@@ -178,6 +183,14 @@ class _Rows:
                 pixels.append(values[(slice(None), part, *inside)])
                 quality.append(flags[(part, *inside)])
         return np.concatenate(pixels, axis=1), np.concatenate(quality)
+
+
+def _padded(array: NDArray[Any], crop: Sequence[int], fill: int) -> NDArray[Any]:
+    """The array made as large as a crop at the ends of its last axes."""
+    missing = [want - have for want, have in zip(crop, array.shape[-len(crop) :], strict=True)]
+    if not any(missing):
+        return array
+    return np.pad(array, [(0, 0)] * (array.ndim - len(crop)) + [(0, extra) for extra in missing], constant_values=fill)
 
 
 def _repeated(context: Context, number: int) -> Context:

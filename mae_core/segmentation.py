@@ -18,6 +18,7 @@ from mae_core.export import ModelError
 from mae_core.heads import Segmenter
 from mae_core.loader import fixed_batches, read_rows
 from mae_core.masking import Sample
+from mae_core.native import common_footprint
 from mae_core.parallel import Parallel
 from mae_core.store import TileStore
 from mae_core.tiling import Blend, Window
@@ -180,10 +181,11 @@ def probabilities(
     """Class probabilities of an array of any size in normalised units, from blended crops; what a crop lacks is padded without value."""
 
     def predict(windows: list[Window]) -> Tensor:
-        chosen = [(pixels[(slice(None), *window)], has_value[window]) for window in windows]
-        return chances(model, crop, torch.stack([part for part, _ in chosen]), torch.stack([known for _, known in chosen]), context)
+        chosen = [(pixels[(slice(None), *window)][None], has_value[window][None]) for window in windows]
+        return torch.cat([chances(model, crop, part, known, context) for part, known in chosen])
 
-    return Blend(tuple(has_value.shape), tuple(crop), overlap, predict).whole()
+    step = common_footprint([1, *model.encoder.settings.footprints.values()])
+    return Blend(tuple(has_value.shape), tuple(crop), overlap, predict, step=step).whole()
 
 
 def chances(

@@ -15,19 +15,23 @@ from torch import Tensor
 Window = tuple[slice, ...]
 
 
-def windows(space: Sequence[int], crop: Sequence[int], overlap: float) -> Iterator[Window]:
-    """Windows of at most `crop` that cover `space`, evenly spread, neighbours sharing at least `overlap` of a crop."""
-    yield from itertools.product(*(windows_along(*axis, overlap) for axis in zip(space, crop, strict=True)))
+def windows(space: Sequence[int], crop: Sequence[int], overlap: float, step: int = 1) -> Iterator[Window]:
+    """Windows of at most `crop` that cover `space`, evenly spread, neighbours sharing at least `overlap` of a crop if they can.
+
+    All begin at multiples of `step`; above 1 the last ones may be cut off by the end of the space.
+    """
+    yield from itertools.product(*(windows_along(*axis, overlap, step) for axis in zip(space, crop, strict=True)))
 
 
-def windows_along(size: int, length: int, overlap: float) -> list[slice]:
+def windows_along(size: int, length: int, overlap: float, step: int = 1) -> list[slice]:
     """The same along one axis."""
     if size <= length:
         return [slice(0, size)]
-    stride = max(1, math.floor(length * (1 - overlap) + 1e-9))
-    count = -(-(size - length) // stride) + 1
-    starts = [round(index * (size - length) / (count - 1)) for index in range(count)]
-    return [slice(start, start + length) for start in starts]
+    stride = max(step, math.floor(length * (1 - overlap) + 1e-9) // step * step)
+    last = -(-(size - length) // step)
+    count = -(-last * step // stride) + 1
+    starts = [round(index * last / (count - 1)) * step for index in range(count)]
+    return [slice(start, min(start + length, size)) for start in starts]
 
 
 def blend_weights(crop: Sequence[int]) -> Float[Tensor, "*space"]:
@@ -52,6 +56,7 @@ class Blend:
         overlap: Least share of a crop that neighbours have in common.
         predict: Gives `(window, class, *crop)` for a list of windows; may return more than a window's size, the rest being padding.
         batch_size: Most windows that are predicted at once.
+        step: Windows begin at multiples of this.
     """
 
     space: tuple[int, ...]
@@ -59,6 +64,7 @@ class Blend:
     overlap: float
     predict: Callable[[list[Window]], Float[Tensor, "window class *crop"]]
     batch_size: int = 1
+    step: int = 1
 
     def whole(self) -> Float[Tensor, "class *space"]:
         """The mean over the whole scene. Memory is twice one fp32 number per class and voxel of it."""
@@ -74,8 +80,8 @@ class Blend:
             strip: Part of the last axis; means nothing where there is but one.
             first: Index along the first axis from which on the means are wanted.
         """
-        rows = [row for row in windows_along(self.space[0], self.crop[0], self.overlap) if row.stop > first]
-        beside = [list(windows_along(*axis, self.overlap)) for axis in zip(self.space[1:], self.crop[1:], strict=True)]
+        rows = [row for row in windows_along(self.space[0], self.crop[0], self.overlap, self.step) if row.stop > first]
+        beside = [windows_along(*axis, self.overlap, self.step) for axis in zip(self.space[1:], self.crop[1:], strict=True)]
         if beside:
             beside[-1] = [part for part in beside[-1] if part.start < strip.stop and part.stop > strip.start]
         area = tuple(slice(0, size) for size in self.space[1:-1]) + ((strip,) if beside else ())

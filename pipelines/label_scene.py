@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mae_core.bands import BandSettings
 from mae_core.context import Context, days_and_years
 from mae_core.labelling import Band, Labeller, Source
 from mae_core.loader import UNMEASURED
@@ -20,6 +21,7 @@ from mae_core.settings import to_plain
 from modalities.cog import BLOCK, DIGEST_TAG, Layout, OnMap, RasterBand, RasterWriter, count_values, made_from
 from modalities.ground import centres, metres_apart
 from modalities.scene import Scene, fingerprint
+from pipelines.bands import scene_matching, tell_bands
 
 STEPS = 250
 """Probabilities in bytes are in parts of this; 255 says that there is none."""
@@ -36,6 +38,7 @@ class Job:
         labeller: Labels them.
         weights: Digest of the model's weights.
         model: Its registered version or the name of its run.
+        bands: How the channels of a scene are found among the model's.
         probabilities: How they are written beside the labels.
         compress: Of rasters.
         memory_bytes: For the rows that are at work; wider scenes are labelled in strips of columns.
@@ -45,6 +48,7 @@ class Job:
     labeller: Labeller
     weights: str
     model: str
+    bands: BandSettings
     probabilities: Stored
     compress: Literal["deflate", "zstd"]
     memory_bytes: int
@@ -66,15 +70,15 @@ class Labelled:
     is_kept: bool = False
 
 
-def source_of(scene: Scene) -> Source:
-    """A scene as a model sees it."""
+def source_of(scene: Scene, names: Sequence[str]) -> Source:
+    """A scene as a model sees it, its channels under the names that the model has for them."""
     channels = scene.channels
     return Source(
         scene.read,
         scene.grid.space,
         scene.block,
         scene.dtype.itemsize,
-        tuple(channel.name for channel in channels),
+        tuple(names),
         tuple(channel.scale for channel in channels),
         tuple(channel.offset for channel in channels),
         context_of(scene),
@@ -93,18 +97,26 @@ def context_of(scene: Scene) -> Context:
 def label_scene(job: Job, scene: Scene, place: Path, progress: Callable[[int], None]) -> Labelled:
     """Label a scene into a file, and its probabilities into another.
 
+    Raises:
+        RunError: The scene's channels are not the model's, or hold something else.
+        SceneError: It cannot be read, or the files not written.
+
     Args:
         job: How.
         scene: What.
         place: Of the labels.
         progress: Is told how many voxels are done, counting those of an earlier call.
     """
-    known = dict(job.labeller.description.classes)
+    about = job.labeller.description
+    known = dict(about.classes)
+    matching = scene_matching(about, scene, job.bands)
+    if matching.absent or matching.unknown:
+        tell_bands(matching, f"channels of {scene.name}")
+    source = source_of(scene, matching.names)
     if isinstance(scene, OnMap) and len(scene.grid.space) == 2:
-        rows, is_kept = _label_raster(job, scene, place, progress)
+        rows, is_kept = _label_raster(job, scene, source, place, progress)
         found = count_values(place)
         return Labelled({known.get(value, "no value"): number for value, number in found.items()}, rows, is_kept)
-    source = source_of(scene)
     labels = np.empty(source.space, np.uint8)
     for band in job.labeller.bands(source, slice(0, source.space[-1])):
         labels[band.window] = band.labels
@@ -119,9 +131,9 @@ def beside(place: Path) -> Path:
     return place.with_name(place.stem.removesuffix("_labels") + "_probabilities.tif")
 
 
-def _label_raster(job: Job, scene: Scene, place: Path, progress: Callable[[int], None]) -> tuple[int, bool]:
+def _label_raster(job: Job, scene: Scene, source: Source, place: Path, progress: Callable[[int], None]) -> tuple[int, bool]:
     """Rows that were there already, and whether that was everything."""
-    outputs = {name: (path, layout) for name, path, layout in _outputs(job, scene, place)}
+    outputs = {name: (path, layout) for name, path, layout in _outputs(job, scene, source, place)}
     if all(made_from(path) == layout.tags[DIGEST_TAG] for path, layout in outputs.values()):
         progress(int(np.prod(scene.grid.space)))
         return scene.grid.space[0], True
@@ -132,7 +144,7 @@ def _label_raster(job: Job, scene: Scene, place: Path, progress: Callable[[int],
         column, row = min(writer.position for writer in writers.values())
         for writer in writers.values():
             writer.go_to(column, row)
-        _label_rows(job, source_of(scene), writers, progress)
+        _label_rows(job, source, writers, progress)
         for writer in writers.values():
             writer.finish()
     finally:
@@ -161,18 +173,18 @@ def _stored(band: Band, how: Stored) -> NDArray[np.float32 | np.uint8]:
     return np.where(np.isnan(parts), 255, parts).astype(np.uint8)
 
 
-def _outputs(job: Job, scene: Scene, place: Path) -> list[tuple[str, Path, Layout]]:
+def _outputs(job: Job, scene: Scene, source: Source, place: Path) -> list[tuple[str, Path, Layout]]:
     assert isinstance(scene, OnMap)
     about = job.labeller.description
     height, width = scene.grid.space
-    source = fingerprint(scene.files)
+    print_of = fingerprint(scene.files)
     times = [file.stat().st_mtime_ns for file in scene.files]  # a fingerprint is blind to a change in the middle
     made = {
         "weights": job.weights,
         "description": to_plain(about),
         "overlap": job.labeller.overlap,
         "no_label": job.labeller.no_label,
-        "source": [source, times, scene.grid.space, [str(channel) for channel in scene.channels]],
+        "source": [print_of, times, scene.grid.space, source.channels, [str(channel) for channel in scene.channels]],
         "compress": job.compress,
         "software": job.software,
     }
@@ -180,7 +192,7 @@ def _outputs(job: Job, scene: Scene, place: Path) -> list[tuple[str, Path, Layou
         "TIFFTAG_SOFTWARE": job.software,
         "TERRAVOX_MODEL": job.model,
         "TERRAVOX_WEIGHTS": f"sha256:{job.weights}",
-        "TERRAVOX_SOURCE": f"{scene.name} blake2b:{source}",
+        "TERRAVOX_SOURCE": f"{scene.name} blake2b:{print_of}",
         "TERRAVOX_CLASSES": json.dumps({str(value): name for value, name in about.classes}, ensure_ascii=False),
     }
 

@@ -14,16 +14,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mae_core.bands import BandSettings
 from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
 from mae_core.parallel import DeviceError, processes
-from mae_core.segmentation import columns_of
 from mae_core.settings import Settings, to_plain
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.cog import UNFINISHED, little_cache
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
+from pipelines.bands import scene_matching
 from pipelines.command_line import run
 from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
 from pipelines.prepare import tell_catalogue
@@ -32,6 +33,9 @@ from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_p
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as COG or NIfTI in the source's own geometry"
 EXPECTED = (ModelError, SceneError, TrackingError, RunError, DeviceError)
+
+BATCH_VOXELS = 1 << 18
+"""Of the crops that are predicted at once, unless it is set: enough to be quick on a processor, little enough for its memory."""
 
 
 class PredictSettings(Settings):
@@ -45,7 +49,8 @@ class PredictSettings(Settings):
         "none", description="Also write a raster with a band per class: none, uint8 (in parts of 250, with a scale tag) or float32"
     )
     compress: Literal["deflate", "zstd"] = Field("deflate", description="Of rasters; zstd is faster, old readers do not know it")
-    batch_size: int = Field(8, ge=1, description="Crops that are predicted at once")
+    bands: BandSettings = BandSettings()
+    batch_size: int = Field(0, ge=0, description="Crops that are predicted at once; 0: as many as hold a quarter of a million voxels")
     memory_mb: int = Field(512, ge=64, description="For the rows of a raster that are at work; a wider one is done in strips of columns")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the model was trained with")
@@ -65,10 +70,16 @@ def work(settings: PredictSettings) -> int:
         Tracker(settings.tracking, settings.out).run("predict", None, public(settings), {"source": "pipelines/predict.py"}) as tracker,
         little_cache(),
     ):
-        labeller = Labeller(model.to(parallel.device), about, settings.overlap, no_label(about), settings.batch_size)
+        labeller = Labeller(
+            model.to(parallel.device),
+            about,
+            settings.overlap,
+            no_label(about),
+            settings.batch_size or max(1, BATCH_VOXELS // math.prod(about.crop)),
+        )
         name = registered.uri if registered else f"run {Path(settings.model).name}"
         memory, program = settings.memory_mb << 20, f"terravox {version('terravox')}"
-        job = Job(labeller, sha256(folder / WEIGHTS), name, settings.probabilities, settings.compress, memory, program)
+        job = Job(labeller, sha256(folder / WEIGHTS), name, settings.bands, settings.probabilities, settings.compress, memory, program)
         done, failed, seconds = label_all(job, places)
         tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)
         if registered is not None:
@@ -105,7 +116,7 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
     """What became of each scene, those that failed with their reasons, and how long it took.
 
     Raises:
-        SceneError, ModelError: Every scene failed; this is the first one's reason.
+        SceneError, RunError: Every scene failed; this is the first one's reason.
     """
     done: dict[Path, Labelled] = {}
     failed: list[Rejected] = []
@@ -117,7 +128,7 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
             progress.unit_bytes = voxel_bytes * 1000
             try:
                 done[place] = label_scene(job, scene, place, partial(_show, progress, before, total))
-            except (SceneError, ModelError) as error:
+            except (SceneError, RunError) as error:
                 if len(places) == 1 or len(failed) == len(places) - 1:
                     raise
                 failed.append(Rejected(scene.name, str(error)))
@@ -232,7 +243,7 @@ def check(settings: PredictSettings) -> list[str]:
         no_label(about)
         places = targets(scan(settings.data, reader_of(about, settings.reader)), settings)
         for scene, _ in places:
-            columns_of(about.channels, [channel.name for channel in scene.channels])
+            scene_matching(about, scene, settings.bands)
     except EXPECTED as error:
         return [str(error)]
     begun = [place for _, place in places if place.with_name(f".{place.name}{UNFINISHED}").is_dir()]

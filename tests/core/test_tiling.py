@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mae_core.tiling import Blend, Window, blend_weights, strips, windows
+from mae_core.tiling import Blend, Window, blend_weights, strips, windows, windows_along
 
 
 @st.composite
@@ -41,6 +41,17 @@ def test_neighbours_share_at_least_what_was_asked(size: int, crop: int, percent:
     assert all(step >= 1 for step in steps)
     assert all(100 * (crop - step) >= crop * percent or step == 1 for step in steps)
     assert max(steps, default=0) - min(steps, default=0) <= 1, "evenly spread"
+
+
+@given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 12), st.integers(0, 95))
+def test_windows_begin_at_steps_and_reach_the_end(size: int, step: int, steps: int, percent: int) -> None:
+    length = step * steps
+    found = windows_along(size, length, percent / 100, step)
+    assert all(part.start % step == 0 and part.stop == min(part.start + length, size) for part in found)
+    assert (found[0].start, found[-1].stop) == (0, size)
+    assert all(one.start < two.start <= one.stop for one, two in pairwise(found)), "no gap"
+    assert all(two.start - one.start <= max(step, length * (100 - percent) / 100) for one, two in pairwise(found))
+    assert len(found) == 1 or found[-2].stop < size, "no window more than needed"
 
 
 @pytest.mark.parametrize(
