@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
@@ -226,11 +226,19 @@ class MaskFile(Widening):
         made = class_band(file, 0, meanings, bits, self.reach(file.grid, file.path.name))
         return replace(made, band=replace(made.band, nodata=tag))
 
-    def beside(self, image: Path, names: Mapping[Path, Iterable[str]]) -> list[Path]:
-        """The files of `names` (folder to names in it) that are such a file of `image`."""
+    def beside(self, image: Path, by_folder: Mapping[str, Sequence[Path]]) -> list[Path]:
+        """The files of `by_folder` that are such a file of `image`."""
         wanted = Path(self.file.replace("{stem}", escape(image.stem)))
-        folder = Path(os.path.normpath(image.parent / wanted.parent))
-        return [folder / name for name in names.get(folder, ()) if fnmatch(name, wanted.name) and folder / name != image]
+        return [
+            path
+            for path in by_folder.get(plain_folder(image.parent / wanted.parent), ())
+            if fnmatch(path.name, wanted.name) and path != image
+        ]
+
+
+def plain_folder(folder: Path) -> str:
+    """The folder without `..`, as keys of `MaskFile.beside` have it."""
+    return os.path.normpath(folder)
 
 
 def class_band(

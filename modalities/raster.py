@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from modalities import archive
-from modalities.class_band import ClassBand, MaskFile
+from modalities.class_band import ClassBand, MaskFile, plain_folder
 from modalities.cog import Layout, RasterBand, write_raster
 from modalities.grid import Grid, Window
 from modalities.label_raster import check_window, open_raster_labels
@@ -297,11 +297,11 @@ def _only(beside: list[Path], wanted: MaskFile) -> list[Path]:
     return beside
 
 
-def _by_folder(files: Iterable[Path]) -> dict[Path, list[str]]:
-    names: defaultdict[Path, list[str]] = defaultdict(list)
+def _by_folder(files: Iterable[Path]) -> dict[str, list[Path]]:
+    found: defaultdict[str, list[Path]] = defaultdict(list)
     for file in files:
-        names[file.parent].append(file.name)
-    return names
+        found[plain_folder(file.parent)].append(file)
+    return found
 
 
 def _inspected(path: Path, folder: Path) -> RasterFile:

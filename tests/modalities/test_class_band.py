@@ -173,6 +173,20 @@ def test_a_mask_beside_images_by_one_name_and_by_theirs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scenes[0].read(scenes[0].grid.full)[1], (1 - cloud) * Quality.NODATA)
 
 
+def test_masks_in_a_folder_of_their_own_and_a_root_that_goes_up_and_down(tmp_path: Path) -> None:
+    cloud = np.eye(8, dtype=np.uint8)
+    for name in ("x", "y"):
+        write_world(tmp_path / "images" / f"{name}.tif", (8, 8))
+        write_raster(tmp_path / "clouds" / f"{name}.tif", cloud[None] * (name == "y"), north_up())
+    (tmp_path / "other").mkdir()
+    root = tmp_path / "other" / ".."
+    how = MaskFile(file="../clouds/{stem}.tif", cloud=(1,))
+    scenes, rejected = scan_rasters(root.rglob("*.tif"), root, RasterSettings(clouds=how))
+    assert not rejected
+    assert [(scene.name, scene.read(scene.grid.full)[1].any()) for scene in scenes] == [("images/x", False), ("images/y", True)]
+    assert all(len(scene.files) == 2 for scene in scenes)
+
+
 def test_images_without_their_mask_are_rejected_unless_told_otherwise(tmp_path: Path) -> None:
     cloud = np.eye(8, dtype=np.uint8)
     scenes, rejected = masked(tmp_path, MaskFile(file="{stem}_c*.tif", cloud=(1,), required=False), a_cloud=cloud)
