@@ -17,6 +17,7 @@ from modalities.label_file import DRIVERS, LabelOptions, VectorFile, number_text
 from modalities.label_matrix import open_matrix_labels
 from modalities.label_raster import NoOverlapError, blocks, open_raster_labels
 from modalities.scene import LabelMap, Rejected, Scene, SceneError
+from modalities.series import SeriesLabels, SeriesScene
 
 RASTERS, MATRIX = (".tif", ".tiff", ".jp2"), ".mat"
 ENDINGS = (*RASTERS, MATRIX, ".nii", ".nii.gz", ".gpkg", ".geojson", ".shp")
@@ -138,6 +139,9 @@ def _open(
     scene: Scene, file: Path, options: LabelOptions, layers: Mapping[Path, VectorFile], numbers: tuple[tuple[str, int], ...]
 ) -> tuple[LabelMap, str]:
     """The labels in a file on the scene's grid, and what is to be told of it."""
+    if isinstance(scene, SeriesScene):
+        flat, note = _open(scene.images[0], file, options, layers, numbers)
+        return SeriesLabels(flat, scene.grid), note
     if not _is_image(scene):
         return scene.open_labels(file), ""
     if file in layers:
