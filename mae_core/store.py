@@ -23,7 +23,8 @@ from mae_core.store_view import Combined, combine, view_members
 
 __all__ = ["PackedTiles", "Split", "Statistics", "StoreError", "Tile", "TileIndex", "TileStore"]
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
+"""`test` are regions that were named to be held out whole; a store may have none."""
 PackedTiles = dict[str, dict[int, Packed]]
 """Chunks as they lie in the files, by the name of their array and the row of their tile."""
 

@@ -116,7 +116,8 @@ def combine(files: StoreFiles, folders: Sequence[StoreFolder]) -> Combined:
     edges = np.cumsum([0, *(len(folder.index.tile) for folder in folders)])
     counts = [folder.manifest["tiles"] for folder in folders]
     discarded = sum((Counter(count.get("discarded", {})) for count in counts), Counter())
-    tiles = {key: sum(int(count.get(key, 0)) for count in counts) for key in ("found", "accepted", "train", "val")}
+    keys = ("found", "accepted", "train", "val", *(("test",) if any("test" in count for count in counts) else ()))
+    tiles = {key: sum(int(count.get(key, 0)) for count in counts) for key in keys}
     classes = sorted({value for folder in folders for value in folder.attributes.get("classes", [])})
     return Combined(
         digest=hashlib.sha256("".join(folder.digest for folder in folders).encode()).hexdigest(),

@@ -16,7 +16,8 @@ import numpy as np
 
 from mae_core.store import TileIndex, TileStore
 from modalities.scene import Scene
-from pipelines.tiling_plan import Ground, PreparationError, SplitSettings, group_order, overlapping
+from pipelines.ground_split import Sided
+from pipelines.tiling_plan import Ground, PreparationError, SplitSettings, group_order
 
 TIES = "its scene ties held-out and training places together"
 OVERLAPS = "overlaps a held-out tile"
@@ -130,13 +131,13 @@ def growth(earlier: Earlier, scenes: Sequence[Scene], entries: Mapping[str, Mapp
     )
 
 
-def divide_new(
+def sides_of_new(
     earlier: Earlier, grown: Growth, rows: Sequence[dict[str, Any]], split: SplitSettings
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The new rows that stay, each with `split`, and the number of the others by reason; the old ones keep their sides.
+) -> tuple[list[dict[str, Any]], list[str], Counter[str]]:
+    """New rows that may stay, the side of each, and the number of the others by reason; the old ones keep their sides.
 
     Tiles of a group that the store has go where it is. A group that it does not have is held out while too little is, in the order
-    in which groups are drawn. What ties groups of both sides together, or shares ground with the other side, is thrown away.
+    in which groups are drawn. What ties groups of both sides together is thrown away.
 
     Args:
         earlier: The store.
@@ -145,31 +146,28 @@ def divide_new(
         split: As the store was divided.
     """
     dropped: Counter[str] = Counter()
-    sides = dict(earlier.sides)
-    if split.unit == "scene":
+    sides = {**earlier.sides, **{f"region {name}": "test" for name in split.regions}}
+    rows = list(rows)
+    if split.unit != "block":
         for group, olds in grown.joined.items():
-            found = {sides[old] for old in olds if old in sides}
+            found = {sides[old] for old in olds if old in sides} - {"test"}
             if len(found) == 1:
                 sides[group] = found.pop()
             elif found:
                 dropped[TIES] += sum(row["group"] == group for row in rows)
                 rows = [row for row in rows if row["group"] != group]
-    sizes = Counter(row["group"] for row in rows)
+    sizes = Counter(row["group"] for row in rows if sides.get(row["group"]) != "test")
     old = Counter(earlier.store.index.split.tolist())
     held = old["val"] + sum(size for group, size in sizes.items() if sides.get(group) == "val")
     for group in group_order([group for group in sizes if group not in sides], split.seed):
-        sides[group] = "val" if held < split.val_fraction * (old.total() + len(rows)) else "train"
+        sides[group] = "val" if held < split.val_fraction * (old["train"] + old["val"] + sizes.total()) else "train"
         held += sizes[group] if sides[group] == "val" else 0
-    divided = [{**row, "split": sides[row["group"]]} for row in rows]
-    if split.unit == "block":
-        for side, other, reason in (("val", "train", OVERLAPS_EARLIER), ("train", "val", OVERLAPS)):
-            ours = [row for row in divided if row["split"] == side]
-            theirs = [row for row in divided if row["split"] == other] if side == "train" else []
-            hit = overlapping(_ground(ours, grown), _ground(theirs, grown).joined(_earlier_ground(earlier, grown, other)))
-            leaks = {row["tile"] for row, leaks_out in zip(ours, hit, strict=True) if leaks_out}
-            dropped.update({reason: len(leaks)} if leaks else {})
-            divided = [row for row in divided if row["tile"] not in leaks]
-    return divided, +dropped
+    return rows, [sides[row["group"]] for row in rows], dropped
+
+
+def too_near_words(split: SplitSettings) -> str:
+    """Why a tile is left out that comes too near to a held-out one."""
+    return f"nearer than {split.buffer_m:g} m to a held-out tile" if split.buffer_m else OVERLAPS
 
 
 def listed(names: Sequence[str]) -> str:
@@ -177,19 +175,10 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def _ground(rows: Sequence[Mapping[str, Any]], grown: Growth) -> Ground:
-    return Ground.of_rows(rows, [grown.groups[row["scene"]] for row in rows])
-
-
-def _earlier_ground(earlier: Earlier, grown: Growth, side: str) -> Ground:
-    """Where the store's tiles of one side lie; old groups that new scenes join together are one place."""
+def earlier_tiles(earlier: Earlier, grown: Growth) -> Sided:
+    """Where the store's tiles lie; old groups that new scenes join together are one place."""
     names = {old: group for group, olds in grown.joined.items() for old in olds}
     index = earlier.store.index
-    chosen = np.flatnonzero(index.split == side)
-    groups = [earlier.scenes[name]["group"] for name in index.scene[chosen].tolist()]
-    return Ground(
-        np.array([names.get(group, group) for group in groups], dtype=np.str_),
-        index.frame[chosen],
-        index.affine[chosen],
-        index.extent[chosen],
-    )
+    groups = [earlier.scenes[name]["group"] for name in index.scene.tolist()]
+    places = np.array([names.get(group, group) for group in groups], dtype=np.str_)
+    return Sided.of(Ground(places, index.frame, index.affine, index.extent), index.split.tolist())

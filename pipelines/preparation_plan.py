@@ -19,8 +19,10 @@ from mae_core.chunks import Compression
 from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
+from modalities.ground import centres
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.channel_conflicts import refuse_mixed
+from pipelines.ground_split import block_names
 from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
 from pipelines.shard_task import Keep, ShardTask, Stamps, shard_tasks, stamps_of
 from pipelines.tiling_plan import (
@@ -163,7 +165,7 @@ def make_plan(
     first = 0 if earlier is None else earlier.free_tile
     tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, first, labelled=bool(labels))
     if earlier is None:
-        held_out_groups(Counter(split_group(groups[place.scene], place, settings.split) for place in tiles), settings.split)
+        held_out_groups(Counter(_planned_groups(scenes, groups, tiles, settings.split)), settings.split)
     of_scene = {number: list(places) for number, places in groupby(tiles, key=lambda place: place.scene)}
     document["scenes"] = [] if earlier is None else list(earlier.document["scenes"])
     for number, scene in enumerate(scenes):
@@ -262,6 +264,17 @@ def _entry(scene: Scene, labels: LabelMap | None, tile: tuple[int, ...]) -> dict
         "channels": _digest([_described(channel) for channel in scene.channels]),
         "labels": None if labels is None else _label_digest(scene, labels, tile),
     }
+
+
+def _planned_groups(scenes: Sequence[Scene], groups: Sequence[str], tiles: Sequence[PlannedTile], split: SplitSettings) -> list[str]:
+    """What is not divided, of each tile."""
+    if split.unit != "ground":
+        return [split_group(groups[tile.scene], tile, split) for tile in tiles]
+    matrices = np.stack([scenes[tile.scene].grid.matrix for tile in tiles])
+    matrices[:, :-1, -1] += np.einsum("tij,tj->ti", matrices[:, :-1, :-1], np.array([tile.origin for tile in tiles], float))
+    places = centres([scenes[tile.scene].grid.frame for tile in tiles], matrices, [tile.extent for tile in tiles])
+    blocks = block_names(*places, split.block_km)
+    return [block or groups[tile.scene] for tile, block in zip(tiles, blocks, strict=True)]
 
 
 def _described(channel: Channel) -> dict[str, Any]:

@@ -9,13 +9,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mae_core.store_writer import finish, merge_moments
-from modalities.ground import centres
+from modalities.ground import centres, footprints
 from modalities.quality import NO_VALUE, Quality
-from pipelines.preparation_extension import OVERLAPS, Growth, divide_new, listed
+from pipelines.ground_check import refuse_shared_ground
+from pipelines.ground_split import Sided, block_names, leaks, region_names
+from pipelines.preparation_extension import OVERLAPS_EARLIER, Growth, earlier_tiles, listed, sides_of_new, too_near_words
 from pipelines.preparation_plan import PreparationPlan
 from pipelines.shard_task import Record
-from pipelines.tiling_plan import Ground, PreparationError, held_out_groups, overlapping, split_group
+from pipelines.tiling_plan import Ground, PreparationError, held_out_groups, split_group
 
 UNREADABLE = "scene could not be read"
 
@@ -32,7 +36,7 @@ class PreparationReport:
         accepted: Tiles in the store.
         discarded: Tiles thrown away, by reason.
         quarantined: Scenes of which a tile could not be read, with the reason.
-        tiles, groups: Tiles and groups on each side of the split, `train` and `val`.
+        tiles, groups: Tiles and groups on each side of the split: `train`, `val` and, where regions are held out whole, `test`.
         num_bytes: Size of the store on disk.
         seconds: Time that this call took.
         done: Candidate tiles that this call was about; 0 if there was nothing to do.
@@ -68,7 +72,7 @@ class PreparationReport:
         lines.append(f"  {self.found} tiles found, {self.accepted} accepted")
         lines += [f"  {count} thrown away: {reason}" for reason, count in sorted(self.discarded.items())]
         lines += [f"  scene {scene} quarantined: {reason}" for scene, reason in sorted(self.quarantined.items())]
-        lines += [f"  {side}: {self.tiles[side]} tiles of {self.groups[side]} groups" for side in ("train", "val")]
+        lines += [f"  {side}: {self.tiles[side]} tiles of {self.groups[side]} groups" for side in self.tiles]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -109,11 +113,7 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
     discarded = Counter({UNREADABLE: failed.total()} if failed else {})
     for record in records:
         discarded.update(record["discarded"])
-    rows = with_place(_with_groups(plan, rows))
-    if plan.earlier is None or plan.grown is None:
-        rows, dropped = _divide(plan, rows, discarded)
-    else:
-        rows, dropped = divide_new(plan.earlier, plan.grown, rows, plan.split)
+    rows, dropped, told = _divide(plan, _with_groups(plan, with_place(rows)), discarded)
     discarded.update(dropped)
     if len(rows) + discarded.total() != len(plan.tiles):
         raise AssertionError(f"tiles were lost: {len(rows)} accepted and {dict(discarded)} thrown away of {len(plan.tiles)}")
@@ -134,8 +134,9 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
     else:
         failed_before = {}
     statistics = merge_moments(parts, len(plan.channels))
-    groups = {side: len({row["group"] for row in rows if row["split"] == side}) for side in ("train", "val")}
-    sides = {side: sum(row["split"] == side for row in rows) for side in ("train", "val")}
+    sides = {side: sum(row["split"] == side for row in rows) for side in ("train", "val", "test")}
+    sides = {side: count for side, count in sides.items() if count or side != "test"}
+    groups = {side: len({row["group"] for row in rows if row["split"] == side}) for side in sides}
     names = [channel.name for channel, count in zip(plan.channels, statistics["count"], strict=True) if not count]
     manifest = finish(
         out,
@@ -150,7 +151,7 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
             "tiles": {"found": found, "accepted": len(rows), "discarded": dict(discarded), **sides},
             "groups": groups,
             "quarantined": {**failed_before, **failed},
-            "notes": [f"channel {name} has no counted voxel in any training tile; its mean is 0 and its std 1" for name in names],
+            "notes": [*told, *(f"channel {name} has no counted voxel in any training tile; its mean is 0 and its std 1" for name in names)],
         },
     )
     report = report_of(out, manifest, seconds=time.monotonic() - started, grown=plan.grown, done=done)
@@ -168,7 +169,7 @@ def report_of(out: Path, manifest: Mapping[str, Any], *, seconds: float, grown: 
         accepted=tiles["accepted"],
         discarded=tiles["discarded"],
         quarantined={scene: f"{count} tiles could not be read" for scene, count in manifest["quarantined"].items()},
-        tiles={side: tiles[side] for side in ("train", "val")},
+        tiles={side: tiles[side] for side in ("train", "val", "test") if side in tiles},
         groups=manifest["groups"],
         num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         seconds=seconds,
@@ -188,39 +189,66 @@ def with_place(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_groups(plan: PreparationPlan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `group`."""
+    """The rows with `group`: what is not divided."""
     tiles = {tile.tile: tile for tile in plan.tiles}
     planned = [tiles[row["tile"]] for row in rows]
-    return [{**row, "group": split_group(plan.groups[tile.scene], tile, plan.split)} for row, tile in zip(rows, planned, strict=True)]
+    groups = [split_group(plan.groups[tile.scene], tile, plan.split) for tile in planned]
+    if plan.split.unit == "ground":
+        latitude, longitude = (np.array([row[name] for row in rows], np.float64) for name in ("latitude", "longitude"))
+        groups = [block or group for block, group in zip(block_names(latitude, longitude, plan.split.block_km), groups, strict=True)]
+    return [{**row, "group": group} for row, group in zip(rows, groups, strict=True)]
 
 
 def _divide(
-    plan: PreparationPlan, rows: Sequence[Mapping[str, Any]], discarded: Mapping[str, int]
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The rows that stay, each with `split`, and the number that a held-out tile pushes out by reason.
+    plan: PreparationPlan, rows: Sequence[dict[str, Any]], discarded: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], Counter[str], list[str]]:
+    """The rows that stay, each with `split`, the number of the others by reason, and what is to be told of the division.
 
     Counted over the tiles that were accepted, so that a corner without data is not all there is to validate on.
+
+    Raises:
+        PreparationError: No tile is left, none to train on, a named region holds none, or training tiles come too near to others.
     """
-    if not rows:
+    if not rows and plan.earlier is None:
         reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(discarded.items()))
         raise PreparationError(
             f"none of {len(plan.tiles)} tiles is left ({reasons}); lower prepare.min_valid_fraction or look at the scenes"
         )
-    held = held_out_groups(Counter(row["group"] for row in rows), plan.split)
-    divided = [{**row, "split": "val" if row["group"] in held else "train"} for row in rows]
-    leaks: set[int] = set()
-    if plan.split.unit == "block":
-        place = {scene.name: group for scene, group in zip(plan.scenes, plan.groups, strict=True)}
-        train, val = ([row for row in divided if row["split"] == side] for side in ("train", "val"))
-        grounds = [Ground.of_rows(part, [place[row["scene"]] for row in part]) for part in (train, val)]
-        leaks = {row["tile"] for row, hit in zip(train, overlapping(*grounds), strict=True) if hit}
-    kept = [row for row in divided if row["tile"] not in leaks]
-    if not any(row["split"] == "train" for row in kept):
+    names = {scene.name: group for scene, group in zip(plan.scenes, plan.groups, strict=True)}
+    ground = Ground.of_rows(rows, [names[row["scene"]] for row in rows])
+    prints = footprints(ground.frames, ground.affines, ground.extents)
+    regions = region_names([row["scene"] for row in rows], prints, plan.split.regions)
+    rows = [{**row, "group": f"region {region}"} if region else row for row, region in zip(rows, regions, strict=True)]
+    dropped: Counter[str] = Counter()
+    if plan.earlier is None or plan.grown is None:
+        earlier = None
+        if absent := sorted(plan.split.regions.keys() - set(regions)):
+            raise PreparationError(
+                f"prepare.split.regions.{absent[0]} holds no tile; it is {list(plan.split.regions[absent[0]])}: "
+                "[west, south, east, north] in degrees, or globs of scenes' names"
+            )
+        sizes = Counter(row["group"] for row, region in zip(rows, regions, strict=True) if not region)
+        held = held_out_groups(sizes, plan.split)
+        sides = ["test" if region else "val" if row["group"] in held else "train" for row, region in zip(rows, regions, strict=True)]
+    else:
+        earlier = earlier_tiles(plan.earlier, plan.grown)
+        rows, sides, dropped = sides_of_new(plan.earlier, plan.grown, rows, plan.split)
+        ground = Ground.of_rows(rows, [names[row["scene"]] for row in rows])
+        prints = footprints(ground.frames, ground.affines, ground.extents)
+    new = Sided(ground, prints, np.array(sides, dtype=object))
+    near_held, near_earlier = leaks(new, earlier, plan.split)
+    kept = ~near_held & ~near_earlier
+    if earlier is None and not (kept & (new.sides == "train")).any():
         raise PreparationError(
-            "every training tile overlaps a held-out one: make prepare.split.block_tiles larger or prepare.tile smaller, "
-            "or set val_fraction=0"
+            "every training tile overlaps a held-out one, or is nearer to it than prepare.split.buffer_m: make prepare.split.block_tiles "
+            "or block_km larger or prepare.tile or the buffer smaller, or set val_fraction=0"
         )
-    return kept, {OVERLAPS: len(leaks)} if leaks else {}
+    notes = refuse_shared_ground(new.rows(kept), earlier, plan.split)
+    unplaced = {row["scene"] for row, there in zip(rows, prints.placed, strict=True) if not there}
+    if plan.split.unit == "ground" and unplaced:
+        notes.append(f"{len(unplaced)} scenes lie nowhere on the globe and are held out or trained on whole: {listed(sorted(unplaced))}")
+    dropped.update({too_near_words(plan.split): int(near_held.sum()), OVERLAPS_EARLIER: int(near_earlier.sum())})
+    return [{**row, "split": side} for row, side, stays in zip(rows, sides, kept, strict=True) if stays], +dropped, notes
 
 
 def _attributes(plan: PreparationPlan, classes: Collection[int]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def merge(settings: MergeSettings) -> int:
     from pipelines.store_merge import merge_stores
 
     view = merge_stores(settings.stores, settings.out)
-    sides = ", ".join(f"{len(view.rows(side))} {side}" for side in ("train", "val"))
+    sides = ", ".join(f"{len(view.rows(side))} {side}" for side in ("train", "val", "test") if side != "test" or len(view.rows("test")))
     console.print(
         f"{settings.out}: a view of {len(view.folders)} stores, {len(view)} tiles ({sides}), channels {', '.join(view.channels)}; "
         f"digest {view.digest[:12]}",

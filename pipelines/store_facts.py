@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from mae_core.chunks import ChunkCodec
-from mae_core.store import TileStore
+from mae_core.store import Split, TileStore
 from mae_core.store_folder import FORMAT, FORMAT_VERSION
 from pipelines.progress import console, table
 
-SIDES = ("train", "val")
+SIDES: tuple[Split, ...] = ("train", "val", "test")
 
 
 def facts(store: TileStore) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def facts(store: TileStore) -> dict[str, Any]:
     index, manifest = store.index, store.manifest
     voxels = index.extent.prod(axis=1)
     uncompressed = len(store) * prod(store.space) * (len(store.channels) * store.dtype.itemsize + 1 + 2 * store.has_labels)
-    sides = {side: store.rows(side) for side in ("train", "val")}
+    sides = {side: rows for side in SIDES if len(rows := store.rows(side)) or side != "test"}
     return {
         "format": f"{FORMAT} {FORMAT_VERSION}",
         "digest": store.digest,
@@ -65,7 +65,7 @@ def tell(found: Mapping[str, Any]) -> None:
     lines = [head + (f", a view of {found['stores']} stores" if found["stores"] > 1 else "")]
     lines.append(
         f"tiles: {tiles['all']} of {'×'.join(map(str, found['space']))} ({', '.join(found['axes'])}), {found['dtype']}; "
-        + "; ".join(f"{side} {tiles[side]} of {groups[side]} groups and {scenes[side]} scenes" for side in SIDES)
+        + "; ".join(f"{side} {tiles[side]} of {groups[side]} groups and {scenes[side]} scenes" for side in SIDES if side in groups)
     )
     lines.append(
         f"size: {size['on_disk'] / 1e6:.1f} MB on disk, {size['uncompressed'] / 1e6:.1f} MB unpacked, {size['packed_times']:.2f} times; "

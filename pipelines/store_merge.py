@@ -46,7 +46,7 @@ def checked(stores: Sequence[Path], out: Path) -> list[TileStore]:
 
 def _check_ground(one: TileStore, other: TileStore) -> None:
     """No training tile of one store shares ground with a held-out tile of the other."""
-    rows, held = _placed(one, "train"), _placed(other, "val")
+    rows, held = _placed(one, ("train",)), _placed(other, ("val", "test"))
     leaks = rows[overlapping(_ground(one, rows), _ground(other, held))]
     if len(leaks):
         first = f"tile {one.index.tile[leaks[0]]} of scene {one.index.scene[leaks[0]]}"
@@ -56,8 +56,8 @@ def _check_ground(one: TileStore, other: TileStore) -> None:
         )
 
 
-def _placed(store: TileStore, split: Split) -> np.ndarray:
-    rows = store.rows(split)
+def _placed(store: TileStore, sides: Sequence[Split]) -> np.ndarray:
+    rows = np.concatenate([store.rows(side) for side in sides])
     return rows[~np.isin(store.index.frame[rows].astype(str), UNPLACED)]
 
 

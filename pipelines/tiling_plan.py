@@ -174,8 +174,8 @@ def plan_tiles(
 
 
 def split_group(group: str, tile: PlannedTile, settings: SplitSettings) -> str:
-    """Name of what is not divided: the scene's group, or a block of it."""
-    if settings.unit == "scene":
+    """Name of what is not divided: the scene's group, or a block of it; for `unit: ground`, what it is where a tile has no place."""
+    if settings.unit != "block":
         return group
     return f"{group} block {'-'.join(str(place) for place in tile.block)}"
 
@@ -192,8 +192,12 @@ def held_out_groups(sizes: dict[str, int], settings: SplitSettings) -> frozenset
     if settings.val_fraction == 0:
         return frozenset()
     if len(sizes) < 2:
-        more = "make prepare.tile or prepare.split.block_tiles smaller"
-        todo = more if settings.unit == "block" else "set prepare.split.unit=block to hold out parts of it"
+        more = {
+            "scene": "set prepare.split.unit=block, or ground for places on the globe, to hold out parts of it",
+            "block": "make prepare.tile or prepare.split.block_tiles smaller",
+            "ground": f"make prepare.split.block_km smaller than {settings.block_km:g}, or set prepare.split.unit=block",
+        }
+        todo = more[settings.unit]
         raise PreparationError(
             f"all tiles are of one group ({', '.join(sizes) or 'none'}), so none can be held out: {todo}, or val_fraction=0"
         )
@@ -230,6 +234,10 @@ class Ground:
         frames = np.array([row["frame"] for row in rows], dtype=np.str_)
         affines = np.array([row["affine"] for row in rows], dtype=np.float64)
         return Ground(np.array(places, dtype=np.str_), frames, affines, np.array([row["extent"] for row in rows], dtype=np.int64))
+
+    def rows(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Ground:
+        """Some of the tiles."""
+        return Ground(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def joined(self, other: Ground) -> Ground:
         """These tiles and then the others."""
