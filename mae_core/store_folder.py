@@ -17,10 +17,13 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 from numpy.typing import NDArray
 
+from mae_core.histogram import PERCENTS, Histogram
 from mae_core.shards import ShardedArray, StoreError, array_from_metadata
 from mae_core.store_files import LocalFiles, StoreFiles, digest_of
 
 FORMAT = "terravox-tiles"
+HISTOGRAM = "histogram.parquet"
+"""How often each value occurs in the training tiles, from which percentiles are taken anew when a store grows or joins others."""
 FORMAT_VERSION = 1
 Verify = Literal["checksums", "sizes"]
 UNKNOWN: dict[str, Any] = {"cloud_fraction": np.nan, "time": "", "times": (), "latitude": np.nan, "longitude": np.nan}
@@ -71,7 +74,8 @@ class TileIndex:
 class Statistics:
     """Per channel, over the counted voxels of the training tiles, of the physical value.
 
-    A channel without any such voxel has count 0, mean 0 and std 1, so that it can be normalised and says nothing.
+    A channel without any such voxel has count 0, mean 0 and std 1, so that it can be normalised and says nothing. `percentiles` are
+    those of `mae_core.histogram.PERCENTS`, within 1e-5 of themselves (3e-4 for real and wide numbers); NaN where nobody counted.
     """
 
     count: Int64[np.ndarray, " channel"]
@@ -79,6 +83,7 @@ class Statistics:
     std: Float64[np.ndarray, " channel"]
     minimum: Float64[np.ndarray, " channel"]
     maximum: Float64[np.ndarray, " channel"]
+    percentiles: Float64[np.ndarray, "channel percent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +158,26 @@ def statistics_of(document: Mapping[str, Any]) -> Statistics:
     """Statistics from the columns of `statistics.json`, where None stands for "no voxel"."""
     empty = {"mean": 0.0, "std": 1.0, "min": 0.0, "max": 0.0}
     columns = {key: np.array([default if v is None else v for v in document[key]], np.float64) for key, default in empty.items()}
-    return Statistics(np.array(document["count"], np.int64), *columns.values())
+    unknown = [None] * len(PERCENTS)
+    rows = [row or unknown for row in document.get("percentiles", [None] * len(document["count"]))]
+    percentiles = np.array([[np.nan if value is None else value for value in row] for row in rows], np.float64).reshape(-1, len(PERCENTS))
+    mean, std, low, high = columns.values()
+    return Statistics(np.array(document["count"], np.int64), mean, std, low, high, percentiles)
+
+
+def read_histogram(folder: StoreFolder) -> Histogram | None:
+    """The values of the training tiles; None for a store from before they were counted.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    from pyarrow import parquet
+
+    if HISTOGRAM not in folder.manifest["files"]:
+        return None
+    table = parquet.read_table(io.BytesIO(folder.files.read(HISTOGRAM)), use_threads=False)
+    columns = (table[name].to_numpy() for name in ("channel", "value", "count"))
+    return Histogram(*(np.asarray(column, dtype) for column, dtype in zip(columns, (np.int32, np.float32, np.int64), strict=True)))
 
 
 def _is_shard(name: str) -> bool:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mae_core.histogram import Histogram
 from mae_core.shards import StoreError
 from mae_core.store_files import LocalFiles, StoreFiles
-from mae_core.store_folder import Statistics, StoreFolder, TileIndex, statistics_of
+from mae_core.store_folder import Statistics, StoreFolder, TileIndex, read_histogram, statistics_of
 from mae_core.store_writer import encode_json, merge_moments, write_file
 
 VIEW = "view.json"
@@ -215,4 +216,7 @@ def _statistics(folders: Sequence[StoreFolder], places: Sequence[NDArray[np.int6
         for name in ("min", "max"):
             part[name] = [value if count else None for value, count in zip(part[name], part["count"], strict=True)]
         parts.append(part)
-    return statistics_of(merge_moments(parts, width))
+    counted = [read_histogram(folder) for folder in folders]
+    moved = [part.moved(np.asarray(place)) for part, place in zip(counted, places, strict=True) if part is not None]
+    joined = statistics_of(merge_moments(parts, width))
+    return replace(joined, percentiles=Histogram.merged(moved).percentiles(width)) if len(moved) == len(folders) else joined

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_core.chunks import Compression, crc32c, default_codec
+from mae_core.histogram import PERCENTS, Histogram
 from mae_core.shards import DTYPES, NO_CHUNK, ShardedArray
-from mae_core.store_folder import FORMAT, FORMAT_VERSION, UNKNOWN, sha256_of, store_digest
+from mae_core.store_folder import FORMAT, FORMAT_VERSION, HISTOGRAM, UNKNOWN, sha256_of, store_digest
 
 TEMPORARY = ".tmp"
 """Ending of a file that is being written; what still has it after a kill is rubbish."""
@@ -217,6 +218,22 @@ def merge_moments(parts: Sequence[Mapping[str, Sequence[float | None]]], num_cha
     }
 
 
+def wait_with(store: Path, histogram: Histogram, num_channels: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Percentiles for the statistics, and bytes and sha256 by path of the file of a histogram, which then waits for `complete`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"channel": histogram.channel, "value": histogram.value, "count": histogram.count})
+    with writing(store / (HISTOGRAM + NEXT)) as stream:
+        parquet.write_table(table, stream, compression="zstd")
+    path = store / (HISTOGRAM + NEXT)
+    rows = [row.tolist() if np.isfinite(row).all() else None for row in histogram.percentiles(num_channels)]
+    return (
+        {"percents": list(PERCENTS), "percentiles": rows},
+        {HISTOGRAM: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}},
+    )
+
+
 def finish(
     store: Path,
     layout: StoreLayout,
@@ -234,8 +251,8 @@ def finish(
         layout: What the shards were written by.
         attributes: Of the group; `kind`, `channels` and `no_value` are read back by `TileStore`.
         rows: One per tile, by rising tile id, with the columns of `mae_core.store.TileIndex`; those of `UNKNOWN` may be left out.
-        statistics: What `merge_moments` gives.
-        shards: Bytes and sha256 by path of every shard file.
+        statistics: What `merge_moments` and `wait_with` give.
+        shards: Bytes and sha256 by path of every shard file, and of what waits.
         manifest: What else the manifest says; `tiles.accepted` is checked on opening.
     """
     written = dict(shards)

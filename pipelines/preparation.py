@@ -109,7 +109,7 @@ def prepare(
         return report_of(out, earlier.store.manifest, seconds=time.monotonic() - started, grown=plan.grown)
     with claimed(out, plan):
         records = _write_shards(plan, out, settings, progress or _silent, announce)
-        return finish_store(out, plan, records, started)
+        return finish_store(out, plan, records, started, settings)
 
 
 def _write_shards(

@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from mae_core.store_writer import finish, merge_moments
+from mae_core.histogram import Histogram
+from mae_core.store_folder import read_histogram
+from mae_core.store_writer import finish, merge_moments, wait_with
 from modalities.ground import centres, footprints
 from modalities.quality import NO_VALUE, Quality
 from pipelines.ground_check import refuse_shared_ground
 from pipelines.ground_split import Sided, block_names, leaks, region_names
 from pipelines.preparation_extension import OVERLAPS_EARLIER, Growth, earlier_tiles, listed, sides_of_new, too_near_words
 from pipelines.preparation_plan import PreparationPlan
+from pipelines.preparation_workers import WorkerSettings
 from pipelines.shard_task import Record
 from pipelines.tiling_plan import Ground, PreparationError, held_out_groups, split_group
+from pipelines.value_counts import count_values
 
 UNREADABLE = "scene could not be read"
 
@@ -102,7 +106,9 @@ def failures(records: Iterable[Record]) -> dict[str, str]:
     return {failure["scene"]: failure["reason"] for failure in reversed(failed)}
 
 
-def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], started: float) -> PreparationReport:
+def finish_store(
+    out: Path, plan: PreparationPlan, records: Sequence[Record], started: float, settings: WorkerSettings
+) -> PreparationReport:
     """Divides the tiles, measures the training side and writes everything but the shards; the manifest comes last.
 
     Raises:
@@ -134,6 +140,12 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
     else:
         failed_before = {}
     statistics = merge_moments(parts, len(plan.channels))
+    before_counted = None if plan.earlier is None else read_histogram(plan.earlier.store.folders[0])
+    uncounted = [row for row in rows if row["split"] == "train" and (before_counted is None or int(row["tile"]) >= plan.tiles[0].tile)]
+    histogram = count_values(out, plan.layout.arrays, uncounted, settings)
+    if before_counted is not None:
+        histogram = Histogram.merged([before_counted, histogram])
+    percentiles, waiting = wait_with(out, histogram, len(plan.channels))
     sides = {side: sum(row["split"] == side for row in rows) for side in ("train", "val", "test")}
     sides = {side: count for side, count in sides.items() if count or side != "test"}
     groups = {side: len({row["group"] for row in rows if row["split"] == side}) for side in sides}
@@ -143,8 +155,8 @@ def finish_store(out: Path, plan: PreparationPlan, records: Sequence[Record], st
         plan.layout,
         attributes=_attributes(plan, classes),
         rows=rows,
-        statistics=statistics,
-        shards=shards,
+        statistics=statistics | percentiles,
+        shards=shards | waiting,
         manifest={
             "plan": plan.document,
             "plan_digest": plan.digest,

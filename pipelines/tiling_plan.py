@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise, product
-from math import prod
+from math import lcm, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -100,18 +100,20 @@ class PlannedTile:
         return tuple(slice(start, start + size) for start, size in zip(self.origin, self.extent, strict=True))
 
 
-def tile_axis(size: int, tile: int, *, disjoint: bool = False) -> list[AxisTile]:
+def tile_axis(size: int, tile: int, *, disjoint: bool = False, step: int = 1) -> list[AxisTile]:
     """Origin, extent and owned size of each tile along an axis: as few tiles as cover it, at multiples of the tile size.
 
     The last one is moved back to end at the edge and repeats a part of the one before; where tiles are `disjoint` it is shorter
     instead and padded later, and if less than half a tile were left for it, the last two share what is left evenly: a sliver is
     all padding. An axis shorter than a tile has one tile, which is padded. Owned parts follow one another without gap or overlap.
+    All edges lie at multiples of `step`, which the tile size is one of; voxels behind the last multiple are in no tile.
     """
+    size = size // step * step or size
     if size <= tile:
         return [(0, size, size)]
     edges = [*range(0, size, tile), size]
     if disjoint and 2 * (size - edges[-2]) < tile:
-        edges[-2] = (edges[-3] + size + 1) // 2
+        edges[-2] = -(-(edges[-3] + size) // (2 * step)) * step
     if disjoint:
         return [(start, stop - start, stop - start) for start, stop in pairwise(edges)]
     edges[-2] = size - tile
@@ -122,14 +124,25 @@ def scene_regions(scene: Scene, tile: tuple[int, ...], split: SplitSettings, *, 
     """The tiles of a scene along each axis, and how it is cut into the regions that are read at once.
 
     Raises:
-        PreparationError: The scene has another number of axes than the tile.
+        PreparationError: The scene has another number of axes than the tile, or the tile cuts measurements of a coarse channel.
     """
     if len(scene.grid.space) != len(tile):
         raise PreparationError(
             f"scene {scene.name} has {len(scene.grid.space)} axes {scene.grid.space}, prepare.tile has {len(tile)}: {tile}; "
             "give one size per axis"
         )
-    axes = [tile_axis(size, side, disjoint=split.unit == "block") for size, side in zip(scene.grid.space, tile, strict=True)]
+    measurement = lcm(*(channel.footprint for channel in scene.channels))
+    steps = [1] * (len(tile) - 2) + [measurement] * min(len(tile), 2)
+    if any(side % step for side, step in zip(tile, steps, strict=True)):
+        coarse = max(scene.channels, key=lambda channel: channel.footprint)
+        near = [max(step, round(side / step) * step) for side, step in zip(tile, steps, strict=True)]
+        raise PreparationError(
+            f"tiles of {tile} voxels cut measurements of scene {scene.name}: channel {coarse.name} has one in every {coarse.footprint} "
+            f"voxels along an axis, all channels together in every {measurement}. Set prepare.tile to multiples of it, such as {near}, or "
+            "bring the bands to one grid with reader.resampling=bilinear"
+        )
+    sizes = zip(scene.grid.space, tile, steps, strict=True)
+    axes = [tile_axis(size, side, disjoint=split.unit == "block", step=step) for size, side, step in sizes]
     voxel_bytes = len(scene.channels) * (scene.dtype.itemsize + 1) + (9 if labelled else 1)
     most = budget(scene.block, voxel_bytes)
     return axes, cut_regions(tuple(tuple(tiles) for tiles in axes), scene.block, voxel_bytes, most)

@@ -50,7 +50,7 @@ def test_what_is_there_stays_and_what_is_new_is_added(tmp_path: Path) -> None:
     after, store = tree(out), TileStore.open(out)
     assert check_store(store.path).problems == ()
     assert {name for name in before if after[name] != before[name]} == {
-        *("index.parquet", "statistics.json", "manifest.json"),
+        *("index.parquet", "statistics.json", "histogram.parquet", "manifest.json"),
         *("pixels/zarr.json", "quality/zarr.json"),
     }
     assert columns(store, slice(0, len(first))) == columns(first, slice(None))

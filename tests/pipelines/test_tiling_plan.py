@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import pipelines.region_plan
 from modalities.grid import Grid
+from modalities.scene import Channel
 from pipelines.tiling_plan import (
     Ground,
     PlannedTile,
@@ -107,6 +109,36 @@ def test_a_tile_knows_its_place() -> None:
     matrix = np.array([[0, -10.0, 500], [20, 0, 700], [0, 0, 1]])
     [*_, last] = plan_tiles([scene("a", (10, 4), matrix=matrix)], (4, 4), SplitSettings(block_tiles=2))
     assert tile_grid(scene("a", (10, 4), matrix=matrix), last).world((1, 2)) == scene("a", (10, 4), matrix=matrix).grid.world((7, 2))
+
+
+def coarse(space: tuple[int, ...], *footprints: int) -> SyntheticScene:
+    channels = tuple(Channel(f"B{number}", footprint=footprint) for number, footprint in enumerate(footprints))
+    return replace(scene("native", space), channels=channels)
+
+
+@given(st.integers(1, 3), st.lists(st.integers(1, 70), min_size=2, max_size=3), st.sampled_from(["scene", "block"]))
+def test_no_tile_cuts_a_measurement_of_a_coarse_channel(tiles_a_side: int, space: list[int], unit: Literal["scene", "block"]) -> None:
+    """20 m and 60 m channels on a 10 m grid: a tile begins and ends between blocks of 6; a time axis has no blocks."""
+    side = 6 * tiles_a_side
+    tile = (4, side, side)[-len(space) :]
+    covered = np.zeros(space, int)
+    for planned in plan_tiles([coarse(tuple(space), 1, 2, 6)], tile, SplitSettings(unit=unit)):
+        covered[planned.window] += 1
+        for start, extent, size in list(zip(planned.origin, planned.extent, space, strict=True))[-2:]:
+            assert start % 6 == 0
+            assert extent % 6 == 0 or size < 6
+    whole = tuple(slice(0, size if axis < len(space) - 2 or size < 6 else size // 6 * 6) for axis, size in enumerate(space))
+    assert (covered[whole] > 0).all()
+    covered[whole] = 0
+    assert not covered.any(), "a last part of a measurement is left out"
+
+
+def test_a_tile_that_cuts_measurements_is_refused_with_one_that_does_not() -> None:
+    with pytest.raises(
+        PreparationError, match=r"\(128, 128\) voxels cut measurements of scene native: channel B2 .* every 6 .*\[126, 126\]"
+    ):
+        plan_tiles([coarse((500, 500), 1, 2, 6)], (128, 128), SplitSettings())
+    assert len(plan_tiles([coarse((500, 500), 1, 2)], (128, 128), SplitSettings())) == 16
 
 
 def test_another_number_of_axes_is_refused() -> None:
