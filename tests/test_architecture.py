@@ -52,6 +52,7 @@ HOMES = {
     "pydicom": ["modalities/dicom.py"],
     "scipy": [
         "modalities/class_band.py",
+        "pipelines/ground_check.py",
         "modalities/label_matrix.py",
         "modalities/nifti.py",
         "modalities/intensity.py",
