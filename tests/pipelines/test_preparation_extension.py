@@ -128,7 +128,7 @@ def test_stopped_between_any_two_steps_it_ends_in_the_same_bytes(tmp_path: Path,
     out, copy = tmp_path / "out", shutil.copytree
     remove = shutil.rmtree
     stop = stopping(monkeypatch)
-    steps = 1 + 3 * 3 + 5 + 1 + 5 + 1 + 1
+    steps = 1 + 3 * 3 + 6 + 1 + 6 + 1 + 1
     seen = {"old": 0, "between": 0, "new": 0}
     for at in range(2, 2 * steps + 2):
         copy(start.path, out)
@@ -147,7 +147,7 @@ def test_stopped_between_any_two_steps_it_ends_in_the_same_bytes(tmp_path: Path,
         prepare(every, out, HERE)
         assert tree(out) == whole, f"stopped at {at}"
         remove(out)
-    assert seen == {"old": 2 * 15 + 1, "between": 1 + 2 * 6, "new": 2}
+    assert seen == {"old": 2 * 16 + 1, "between": 1 + 2 * 7, "new": 2}
     copy(start.path, out)
     stop.update(at=-1, count=0)
     prepare(every, out, HERE)
