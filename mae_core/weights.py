@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mae_core.checkpoint import advice
 
-Kind = Literal["copied", "permuted", "computed", "interpolated", "folded", "new", "dropped"]
+Kind = Literal["copied", "permuted", "computed", "interpolated", "folded", "borrowed", "new", "dropped"]
 WRAPPERS = ("model", "state_dict")
 """Keys under which a checkpoint may hold its tensors."""
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -33,7 +33,7 @@ class Move:
 
     Attributes:
         kind: copied; permuted (the same numbers in another order or stacked); computed (fixed, not a weight); interpolated;
-            folded (added to another); new (initialised); dropped.
+            folded (added to another); borrowed (another band's, or of several); new (initialised); dropped.
         source: Names on the side that it came from; several where they are stacked or added.
         target: Name on the side that it went to; empty where it is in no tensor there.
         note: What the kind does not say.

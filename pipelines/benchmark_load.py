@@ -45,7 +45,8 @@ from pipelines.benchmark_report import busy_note, middle
 from pipelines.command_line import run
 from pipelines.preparation import PrepareSettings, prepare
 from pipelines.prepare import store_attributes
-from pipelines.pretrain import PretrainRecipe, make_normaliser, resolved
+from pipelines.pretrain import PretrainRecipe, resolved
+from pipelines.pretrain_start import make_normaliser
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, write_json
 from pipelines.store_facts import codec_words

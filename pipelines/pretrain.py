@@ -20,16 +20,15 @@ from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.bands import bands_of
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
 from mae_core.errors import channel_weights
-from mae_core.evaluate import Panel, PerceptualLoss, Pretraining, fit_basis
-from mae_core.export import Description, ModelError, load_encoder, save_model
-from mae_core.loader import LoaderError, LoaderSettings, Stream, spacings
+from mae_core.evaluate import Panel, Pretraining, fit_basis
+from mae_core.export import Description, ModelError, save_model
+from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
 from mae_core.native import channel_footprints, common_footprint
 from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import DeviceError, processes
-from mae_core.perceptual import PerceptualTerm
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
@@ -38,8 +37,20 @@ from mae_core.vit import channel_groups
 from pipelines.bands import described
 from pipelines.command_line import run
 from pipelines.kernels import checked_attention
+from pipelines.pretrain_start import (
+    Begun,
+    InitSettings,
+    PerceptualSettings,
+    begun_from,
+    footprints_of,
+    make_normaliser,
+    perceptual_loss,
+    spacing,
+    store_in_time,
+    tell_transfer,
+)
 from pipelines.progress import console, training
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError, AttentionError)
@@ -57,13 +68,6 @@ MAY_DIFFER = (
 )
 
 
-class PerceptualSettings(Settings):
-    """A frozen encoder whose features judge reconstructions beside the target."""
-
-    encoder: str = Field("", description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION; empty for no such term")
-    weight: float = Field(0.1, gt=0, description="Of the term beside the error on the target")
-
-
 class PretrainRecipe(Settings):
     """All that shapes a pretraining, whatever the tiles come from."""
 
@@ -72,6 +76,7 @@ class PretrainRecipe(Settings):
     )
     model: ModelSettings = ModelSettings()
     hiding: HidingSettings = RandomHiding()
+    init: InitSettings = InitSettings()
     perceptual: PerceptualSettings = PerceptualSettings()
     augment: AugmentSettings = AugmentSettings()
     loader: LoaderSettings = LoaderSettings()
@@ -155,39 +160,6 @@ def footprints_for(recipe: PretrainRecipe, store: TileStore) -> dict[str, int]:
     return found
 
 
-def footprints_of(store: TileStore) -> dict[str, int]:
-    """Channels whose measurements fill several voxels along an axis, with how many."""
-    channels = store.attributes["channels"]
-    return {channel["name"]: int(channel["footprint"]) for channel in channels if channel.get("footprint", 1) > 1}
-
-
-def perceptual_loss(recipe: PretrainRecipe, store: TileStore, out: Path, device: torch.device) -> PerceptualLoss | None:
-    """The perceptual term that is set, fed in the frozen encoder's own units.
-
-    Raises:
-        RunError, ModelError, TrackingError: There is no such encoder, or it does not know our channels or patches.
-    """
-    if not recipe.perceptual.encoder:
-        return None
-    folder, _ = model_folder(recipe.perceptual.encoder, recipe.tracking, out)
-    encoder, about = load_encoder(folder)
-    unknown = [name for name in store.channels if name not in about.channels]
-    if unknown:
-        raise RunError(f"perceptual.encoder {folder} does not know channels {unknown}; it knows {list(about.channels)}")
-    if about.encoder.step != about.encoder.patch or len(encoder.groups) > 1 or max(encoder.footprints) > 1:
-        raise RunError(f"perceptual.encoder {folder} has overlapping patches or several channel groups; give a plain one")
-    try:
-        token_grid(recipe.crop, about.encoder.step)
-    except ValueError as error:
-        raise RunError(f"perceptual.encoder {folder} cannot see crops of {list(recipe.crop)}: {error}") from error
-    places = [about.channels.index(name) for name in store.channels]
-    there = [(about.mean[place], about.std[place]) for place in places]
-    here = list(zip(store.statistics.mean.tolist(), store.statistics.std.tolist(), strict=True))
-    gain = tuple(own[1] / other[1] for own, other in zip(here, there, strict=True))
-    shift = tuple((own[0] - other[0]) / other[1] for own, other in zip(here, there, strict=True))
-    return PerceptualLoss(PerceptualTerm(encoder).to(device), recipe.perceptual.weight, store.channels, gain, shift)
-
-
 def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "pretrain") -> dict[str, Any]:
     """Pretrain on a store into a run folder and register the encoder; what `result.json` holds.
 
@@ -215,10 +187,14 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
     lr = learning_rate(recipe.optim, recipe.loader.global_batch_size)
     state = TrainState(model, make_optimiser(model, recipe.optim, lr))
     say: Callable[[str], None] = console.print if parallel.is_first else _nothing
+    begun = begun_from(recipe.init, store, recipe.tracking, out)
+    transfer = None if begun is None else begun.fill(model.encoder, store, recipe.init.new_bands)
     restore(state, out / "checkpoints", say)
-    normaliser = make_normaliser(store, recipe.crop, recipe.train.seed, recipe.augment)
+    normaliser = make_normaliser(store, recipe.crop, recipe.train.seed, recipe.augment, begun)
     held_out = spread(store.rows("val"), recipe.train.eval_tiles)
     tell_start(store, recipe, state, lr, len(stream.rows), held_out, say)
+    if transfer is not None and parallel.is_first and not state.step:
+        tell_transfer(transfer, recipe.init.encoder)
     last: dict[str, float] = {}
     told_damage: list[str] = []
     with ExitStack() as stack:
@@ -232,7 +208,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         batch = recipe.loader.micro_batch_size or recipe.loader.global_batch_size // parallel.world
         panels = partial(_log_panels, tracker, out)
         task = Pretraining(recipe.model, recipe.hiding, normaliser, recipe.train.seed, store, held_out, batch, parallel, panels)
-        task = replace(task, perceptual=perceptual_loss(recipe, store, out, parallel.device))
+        task = replace(task, perceptual=perceptual_loss(recipe.perceptual, store, normaliser, recipe.tracking, out, parallel.device))
         if not state.step:
             fit_basis(task, model, stream.rows)
         display = stack.enter_context(training("pretraining", state.step, recipe.train.steps, quiet=not parallel.is_first))
@@ -251,22 +227,36 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
             train(task, state, stream, recipe.train, recipe.optim, Checkpoints(out / "checkpoints", config), report)
         if tracker is None:
             return {}
-        facts = {"figures": last or _told_metrics(tracker), "attention": kernels, **_finish(store, out, recipe, model, tracker)}
+        facts = {
+            "figures": last or _told_metrics(tracker),
+            "attention": kernels,
+            **_finish(store, out, recipe, model, tracker, normaliser, begun),
+        }
+        facts |= {} if transfer is None else {"transfer": [list(row) for row in transfer.table()]}
         facts |= {"damaged_tiles": {str(tile): why for tile, why in stream.damaged.items()}} if stream.damaged else {}
     result = finish(out, verb, config, facts)
     tell_end(result, out)
     return result
 
 
-def _finish(store: TileStore, out: Path, recipe: PretrainRecipe, model: MaskedAutoencoder, tracker: Tracker) -> dict[str, Any]:
+def _finish(
+    store: TileStore,
+    out: Path,
+    recipe: PretrainRecipe,
+    model: MaskedAutoencoder,
+    tracker: Tracker,
+    normaliser: Normaliser,
+    begun: Begun | None,
+) -> dict[str, Any]:
     """Export and register the encoder; what `result.json` is to hold."""
     lineage = {"store_digest": store.digest, "pretraining_run": tracker.run_id}
+    lineage |= {} if begun is None else {"begun_with_weights": begun.digest}
     description = Description(
         kind="encoder",
         modality=store.kind,
         channels=store.channels,
-        mean=tuple(store.statistics.mean.tolist()),
-        std=tuple(store.statistics.std.tolist()),
+        mean=normaliser.mean,
+        std=normaliser.std,
         no_value=store.no_value,
         crop=recipe.crop,
         spacing=tuple(float(value) for value in spacing(store)),
@@ -282,30 +272,6 @@ def _finish(store: TileStore, out: Path, recipe: PretrainRecipe, model: MaskedAu
         "digests": {"store": store.digest, "weights": weights},
         "mlflow": told(tracker, registered),
     }
-
-
-def make_normaliser(store: TileStore, crop: tuple[int, ...], seed: int, augment: AugmentSettings | None) -> Normaliser:
-    """Crops of a store, normalised by its own statistics."""
-    mean, std = store.statistics.mean.tolist(), store.statistics.std.tolist()
-    flat = [name for name, value in zip(store.channels, std, strict=True) if not value > 0]
-    if flat:
-        raise RunError(
-            f"channels {flat} are constant over all training voxels of {store.label}; leave them out with reader.channels and prepare again"
-        )
-    footprint = common_footprint([1, *footprints_of(store).values()])
-    one_way = int(store_in_time(store))
-    return Normaliser(crop, tuple(mean), tuple(std), store.no_value, seed, augment, footprint, one_way)
-
-
-def store_in_time(store: TileStore) -> bool:
-    """True for a store of series, whose first axis is time: all dates are cropped, and a single patch size is one of space."""
-    return tuple(store.attributes.get("axes", ()))[:1] == ("time",)
-
-
-def spacing(store: TileStore) -> NDArray[np.float64]:
-    """Distance between voxels along each axis of the first tile: in mm for volumes, else in metres."""
-    steps: NDArray[np.float64] = spacings(store, np.zeros(1, np.int64))[0].astype(np.float64)
-    return steps
 
 
 def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -423,8 +389,11 @@ def check(settings: PretrainSettings) -> list[str]:
     problems = []
     try:
         store = TileStore.open(settings.store, "sizes")
-        resolved(settings, store)
-    except (StoreError, RunError) as error:
+        recipe = resolved(settings, store)
+        begun = begun_from(settings.init, store, settings.tracking, settings.out)
+        if begun is not None:
+            begun.fill(MaskedAutoencoder(recipe.model, store.channels).encoder, store, settings.init.new_bands)
+    except (StoreError, RunError, ModelError, TrackingError) as error:
         problems.append(str(error))
     try:
         tracking_uri(settings.tracking, settings.out)

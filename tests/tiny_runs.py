@@ -27,7 +27,8 @@ from mae_core.train import Checkpoints, Report, train
 from modalities.quality import Quality
 from pipelines.config_files import put
 from pipelines.preparation import PrepareSettings, prepare
-from pipelines.pretrain import PretrainRecipe, make_normaliser, resolved
+from pipelines.pretrain import PretrainRecipe, resolved
+from pipelines.pretrain_start import make_normaliser
 from pipelines.tiling_plan import SplitSettings
 from tests.synthetic_scenes import Scenes, make_scene
 

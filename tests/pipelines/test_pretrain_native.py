@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mae_core.store import TileStore
-from pipelines.pretrain import PretrainRecipe, footprints_of, make_normaliser, resolved
+from pipelines.pretrain import PretrainRecipe, resolved
+from pipelines.pretrain_start import footprints_of, make_normaliser
 from pipelines.run_folder import RunError
 from tests.tiny_runs import curve, one_thread, shared_store, tiny_recipe, tiny_run
 
