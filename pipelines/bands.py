@@ -21,7 +21,7 @@ REMEDY = {
     "raster": "set the scale and offset of the reader: reader.radiometry, or scale, offset and unit in reader.bands",
     "mri": "feed volumes through the reader that the model was trained with: reader.kind=mri, and leave out changes in reader",
 }
-WINDOWS, SIDE = 4, 64
+WINDOWS, SIDE = 3, 64
 """Windows per axis, and voxels per axis of a window, that a scene's values are sampled from."""
 
 
@@ -128,7 +128,11 @@ def sampled(scene: Scene, no_value: int) -> dict[str, tuple[float, float]]:
     The spread is half the distance between the 16th and the 84th percentile, which is the standard deviation of normal values.
     """
     axes = []
+    at_once = all(size <= block for size, block in zip(scene.grid.space, scene.block, strict=True))
     for size in scene.grid.space:
+        if at_once:  # any window would unpack all of it
+            axes.append([slice(0, size)])
+            continue
         count = min(WINDOWS, -(-size // SIDE))
         starts = np.linspace(0, max(size - SIDE, 0), count).astype(int)
         axes.append([slice(int(start), min(int(start) + SIDE, size)) for start in starts])

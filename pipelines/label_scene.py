@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mae_core.bands import BandSettings
+from mae_core.bands import BandSettings, Matching
 from mae_core.context import Context, days_and_years
 from mae_core.labelling import Band, Labeller, Source
 from mae_core.loader import UNMEASURED
@@ -21,7 +21,7 @@ from mae_core.settings import to_plain
 from modalities.cog import BLOCK, DIGEST_TAG, Layout, OnMap, RasterBand, RasterWriter, count_values, made_from
 from modalities.ground import centres, metres_apart
 from modalities.scene import Scene, fingerprint
-from pipelines.bands import scene_matching, tell_bands
+from pipelines.bands import scene_matching
 
 STEPS = 250
 """Probabilities in bytes are in parts of this; 255 says that there is none."""
@@ -63,9 +63,11 @@ class Labelled:
         counts: Voxels by class name.
         rows: Rows that were there already, by an earlier call with the same model, data and settings.
         is_kept: Whether all of it was.
+        matching: Which of its channels was fed as which.
     """
 
     counts: dict[str, int]
+    matching: Matching
     rows: int = 0
     is_kept: bool = False
 
@@ -110,20 +112,18 @@ def label_scene(job: Job, scene: Scene, place: Path, progress: Callable[[int], N
     about = job.labeller.description
     known = dict(about.classes)
     matching = scene_matching(about, scene, job.bands)
-    if matching.absent or matching.unknown:
-        tell_bands(matching, f"channels of {scene.name}")
     source = source_of(scene, matching.names)
     if isinstance(scene, OnMap) and len(scene.grid.space) == 2:
         rows, is_kept = _label_raster(job, scene, source, place, progress)
         found = count_values(place)
-        return Labelled({known.get(value, "no value"): number for value, number in found.items()}, rows, is_kept)
+        return Labelled({known.get(value, "no value"): number for value, number in found.items()}, matching, rows, is_kept)
     labels = np.empty(source.space, np.uint8)
     for band in job.labeller.bands(source, slice(0, source.space[-1])):
         labels[band.window] = band.labels
         progress(band.window[0].stop * (labels.size // len(labels)))
     scene.write_labels(place, labels, job.labeller.no_label)
     values, numbers = np.unique(labels, return_counts=True)
-    return Labelled({known.get(int(value), "no value"): int(number) for value, number in zip(values, numbers, strict=True)})
+    return Labelled({known.get(int(value), "no value"): int(number) for value, number in zip(values, numbers, strict=True)}, matching)
 
 
 def beside(place: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mae_core.bands import BandSettings
+from mae_core.bands import BandSettings, Matching
 from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
@@ -24,7 +24,7 @@ from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.cog import UNFINISHED, little_cache
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
-from pipelines.bands import scene_matching
+from pipelines.bands import scene_matching, tell_bands
 from pipelines.command_line import run
 from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
 from pipelines.prepare import tell_catalogue
@@ -91,6 +91,7 @@ def work(settings: PredictSettings) -> int:
         "rejected": [{"file": item.file, "reason": item.reason} for item in (*catalogue.rejected, *failed)],
         "digests": {"weights": job.weights, "data": fingerprint(file for scene in catalogue.scenes for file in scene.files)},
         "classes": {str(value): name for value, name in about.classes},
+        "bands": {str(place): found.matching.table() for place, found in done.items()},
         "mlflow": {"run_id": tracker.run_id, "model": registered.uri if registered else None},
     }
     out = settings.out
@@ -120,6 +121,7 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
     """
     done: dict[Path, Labelled] = {}
     failed: list[Rejected] = []
+    matchings: list[Matching] = []
     before, total = 0, sum(_size(scene) for scene, _ in places)
     began = monotonic()
     with counting("labelling", "kvoxel") as progress:
@@ -128,6 +130,9 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
             progress.unit_bytes = voxel_bytes * 1000
             try:
                 done[place] = label_scene(job, scene, place, partial(_show, progress, before, total))
+                if (told := done[place].matching) not in matchings:
+                    matchings.append(told)
+                    tell_bands(told, f"channels of {scene.name}" + (" and others like it" if len(places) > 1 else ""))
             except (SceneError, RunError) as error:
                 if len(places) == 1 or len(failed) == len(places) - 1:
                     raise

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from mae_core.context import only_spacing
 from mae_core.export import Description
+from mae_core.heads import HeadSettings, Segmenter
 from mae_core.labelling import MIN_ROWS, Band, Labeller, Source, read_rows
 from mae_core.segmentation import probabilities
 from mae_core.tiling import Window
-from mae_core.vit import EncoderSettings
+from mae_core.vit import Encoder, EncoderSettings
 from tests.core.test_segmentation import oracle, segmenter
 from tests.synthetic_batches import CHANNELS, one_thread
 
@@ -165,3 +166,15 @@ def test_what_has_no_value_changes_no_label(rubbish: float) -> None:
         found.append(labeller.label(source(filled, quality)))
     assert np.array_equal(found[0], found[1])
     assert np.array_equal(found[0] == 255, quality == 1)
+
+
+@torch.inference_mode()
+def test_a_scene_that_ends_within_a_measurement_is_labelled_whole() -> None:
+    encoder = EncoderSettings(preset="nano", patch=(6, 6), mlp_ratio=1, footprints={CHANNELS[1]: 3})
+    model = Segmenter(Encoder(encoder, CHANNELS), HeadSettings(features=4), 2).eval()
+    about = description((12, 12)).model_copy(update={"encoder": encoder})
+    for space in ((31, 40), (12, 13), (5, 30)):
+        pixels = np.random.default_rng(1).normal(size=(3, *space)).astype(np.float32)
+        labels = Labeller(model, about, 0.5, 255, 3).label(source(pixels, np.zeros(space, np.uint8)))
+        assert labels.shape == space
+        assert set(np.unique(labels)) <= {0, 1}

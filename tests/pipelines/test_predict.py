@@ -216,3 +216,35 @@ def test_check_says_what_is_wrong_before_anything_is_done(run_folder: Path, tmp_
     assert predict.main([*words(run_folder, tmp_path / "no", tmp_path / "map.tif"), "--check"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scene.tif"]
+
+
+def test_a_scene_in_other_units_is_refused_unless_that_is_accepted_and_recorded(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image(tmp_path / "images" / "good.tif", (70, 80))
+    bad = tmp_path / "images" / "bad.tif"
+    write_raster(bad, (np.random.default_rng(0).random((3, 70, 80)) / 10).astype(np.float32), north_up(), names=NAMES)
+    assert predict.main(words(run_folder, bad, tmp_path / "bad.tif")) == 1
+    assert "channel A has values of 0.0" in " ".join(capsys.readouterr().err.split()), "reflectance, and the model knows integers"
+    assert not (tmp_path / "bad.tif").exists()
+    assert predict.main(words(run_folder, tmp_path / "images", tmp_path / "labels")) == 1, "one of two"
+    (failed,) = result(tmp_path / "labels" / "result.json")["rejected"]
+    assert "bands.accept_units=true" in failed["reason"]
+    assert (tmp_path / "labels" / "good_labels.tif").is_file()
+    assert predict.main(words(run_folder, bad, tmp_path / "bad.tif", "bands.accept_units=true")) == 0
+    assert result(tmp_path / "bad.tif.result.json")["config"]["bands"]["accept_units"] is True
+
+
+def test_channels_are_told_and_found_in_any_order(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, other = image(tmp_path / "a.tif", (70, 80)), tmp_path / "b.tif"
+    with rasterio.open(source) as file:
+        pixels = file.read()
+    write_raster(other, np.concatenate([pixels[[2, 0, 1]], pixels[:1]]), north_up(), names=("C", "A", "B", "Z"), nodata=0)
+    for data in (source, other):
+        assert predict.main(words(run_folder, data, tmp_path / f"labels_{data.name}", "probabilities=float32")) == 0
+    for name in ("labels_{}.tif", "labels_{}_probabilities.tif"):
+        with rasterio.open(tmp_path / name.format("a")) as one, rasterio.open(tmp_path / name.format("b")) as two:
+            np.testing.assert_array_equal(one.read(), two.read())
+    assert "not known to the model, not fed" in " ".join(capsys.readouterr().out.split())
+    rows = result(tmp_path / "labels_b.tif.result.json")["bands"][str(tmp_path / "labels_b.tif")]
+    assert rows == [[name, name, "same name"] for name in NAMES] + [["none", "Z", "not known to the model, not fed"]]
