@@ -19,6 +19,8 @@ from pipelines.run_folder import RunError
 REMEDY = {
     "sentinel2": "give what its metadata say, or set reader.radiometry (scale and offset) or reader.levels",
     "raster": "set the scale and offset of the reader: reader.radiometry, or scale, offset and unit in reader.bands",
+    "satellite": "set the levels, scale and offset of the sensor's reader, such as reader.sentinel2.levels or reader.sentinel1.unit",
+    "sentinel1": "say what the files hold with reader.unit (dB, power or amplitude) and reader.level",
     "mri": "feed volumes through the reader that the model was trained with: reader.kind=mri, and leave out changes in reader",
 }
 WINDOWS, SIDE = 3, 64

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from modalities.scene import Scene
 from pipelines.tiling_plan import PreparationError
@@ -12,10 +13,18 @@ Spoken = dict[str, list[str]]
 """What scenes say about a channel, and the scenes that say it."""
 
 
-def refuse_mixed(scenes: Sequence[Scene], *, allow_levels: bool) -> None:
+EARLIER = "what the store holds already"
+
+
+def refuse_mixed(scenes: Sequence[Scene], *, allow_levels: bool, before: Sequence[Mapping[str, Any]] = ()) -> None:
     """Stops where one channel name comes in several units, or in several processing levels unless these may be mixed.
 
     A level that nobody said goes with any other; a unit that nobody said does not.
+
+    Args:
+        scenes: That are to go into one store.
+        allow_levels: Whether levels may be mixed.
+        before: The attribute `channels` of a store that they are added to.
 
     Raises:
         PreparationError: With the number of scenes of each and what to do.
@@ -27,10 +36,25 @@ def refuse_mixed(scenes: Sequence[Scene], *, allow_levels: bool) -> None:
             units[channel.name][channel.unit or "no unit"].append(scene.name)
             if channel.level:
                 levels[channel.name][channel.level].append(scene.name)
+    for entry in before:
+        if "unit" in entry:
+            units[entry["name"]][entry["unit"] or "no unit"].append(EARLIER)
+        for level in _levels(entry):
+            levels[entry["name"]][level].append(EARLIER)
     exclude = "leave the others out with reader.exclude"
     _refuse(units, "units", f"say how they are read (reader.radiometry, or a source of its own in reader.sources), or {exclude}")
     if not allow_levels:
         _refuse(levels, "processing levels", f"{exclude}, prepare them apart, or set prepare.mix_levels=true to learn from all as if alike")
+
+
+def levels_of(name: str, scenes: Sequence[Scene], before: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Every processing level that a channel comes in, sorted; of scenes, and of a store that they are added to."""
+    found = {channel.level for scene in scenes for channel in scene.channels if channel.name == name and channel.level}
+    return sorted(found.union(*(_levels(entry) for entry in before if entry["name"] == name)))
+
+
+def _levels(entry: Mapping[str, Any]) -> list[str]:
+    return list(entry.get("levels", ())) or [level for level in (entry.get("level", ""),) if level]
 
 
 def _refuse(spoken: dict[str, Spoken], what: str, todo: str) -> None:

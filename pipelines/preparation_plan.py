@@ -149,7 +149,7 @@ def make_plan(
             **({"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}),
             "split": settings.split.document(),
         },
-        "channels": [asdict(channel) for channel in _channels(scenes, allow_levels=settings.mix_levels)],
+        "channels": [asdict(channel) for channel in _channels(scenes, earlier, allow_levels=settings.mix_levels)],
         "dtype": _dtype(scenes),
         "labelled": bool(labels),
         "attributes": dict(attributes),
@@ -311,9 +311,9 @@ def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[s
     return labels
 
 
-def _channels(scenes: Sequence[Scene], *, allow_levels: bool) -> tuple[Channel, ...]:
+def _channels(scenes: Sequence[Scene], earlier: Earlier | None, *, allow_levels: bool) -> tuple[Channel, ...]:
     """The first scene's channels in its order, then what others add in theirs; one name means one thing in all of them."""
-    refuse_mixed(scenes, allow_levels=allow_levels)
+    refuse_mixed(scenes, allow_levels=allow_levels, before=() if earlier is None else earlier.store.attributes["channels"])
     channels: dict[str, Channel] = {}
     for scene in scenes:
         names = [channel.name for channel in scene.channels]

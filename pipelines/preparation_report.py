@@ -16,6 +16,7 @@ from mae_core.store_folder import read_histogram
 from mae_core.store_writer import finish, merge_moments, wait_with
 from modalities.ground import centres, footprints
 from modalities.quality import NO_VALUE, Quality
+from pipelines.channel_conflicts import levels_of
 from pipelines.ground_check import refuse_shared_ground
 from pipelines.ground_split import Sided, block_names, leaks, region_names
 from pipelines.preparation_extension import OVERLAPS_EARLIER, Growth, earlier_tiles, listed, sides_of_new, too_near_words
@@ -264,7 +265,12 @@ def _divide(
 
 
 def _attributes(plan: PreparationPlan, classes: Collection[int]) -> dict[str, Any]:
-    channels = [{key: value for key, value in asdict(channel).items() if key not in {"scale", "offset"}} for channel in plan.channels]
+    before = () if plan.earlier is None else plan.earlier.store.attributes["channels"]
+    channels = [
+        {**{key: value for key, value in asdict(channel).items() if key not in {"scale", "offset"}}, "levels": levels}
+        for channel in plan.channels
+        for levels in [levels_of(channel.name, plan.scenes, before)]
+    ]
     return {
         "kind": "",
         **plan.attributes,

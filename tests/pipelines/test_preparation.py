@@ -126,7 +126,7 @@ def test_the_store_says_what_it_holds(scenes: Scenes, tmp_path: Path) -> None:
     assert (store.kind, store.no_value, store.attributes["level"]) == ("raster", NO_VALUE, 3)
     assert store.attributes["quality_bits"]["cloud"] == Quality.CLOUD
     assert store.attributes["axes"] == ["y", "x"]
-    told = {"name": "A", "wavelength_nm": None, "resolution_m": None, "unit": "", "level": "", "footprint": 1}
+    told = {"name": "A", "wavelength_nm": None, "resolution_m": None, "unit": "", "level": "", "footprint": 1, "levels": []}
     assert store.attributes["channels"][0] == told
 
 
