@@ -55,7 +55,7 @@ def _of_reader(reader: str, scenes: list[Scene]) -> ReaderAccount:
     return ReaderAccount(
         reader,
         len(scenes),
-        sum(len(scene.files) for scene in scenes),
+        len({file for scene in scenes for file in scene.files}),
         len({scene.group for scene in scenes}),
         "" if lasting else _counted(_level(scene) for scene in scenes),
         "" if lasting else _dates(scenes),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import Affine
@@ -15,6 +16,7 @@ from modalities.raster import RasterScene, assemble
 from tests.synthetic_rasters import band_of, check_scene, north_up, write_raster, write_world
 
 FACTORS = (2, 3, 6)
+DATA = Path(__file__).parents[2].parent / "shared" / "data" / "satellite"
 
 
 def stored(step: int, space: tuple[int, int] = (48, 60)) -> np.ndarray:
@@ -95,3 +97,25 @@ def test_a_lattice_that_does_not_fit_is_left_out_with_the_remedy(tmp_path: Path,
     assert reason in found
     assert found.endswith("Use resampling=bilinear")
     assert not assemble("s", bands)[1], "bilinear takes it"
+
+
+@pytest.mark.parametrize(
+    ("folder", "steps"), [("bigearthnet_tiny", {"B01": 6, "B05": 2}), ("majortom_core_199U_1099R", {"B09": 6, "B11": 2})]
+)
+def test_real_bands_of_20_and_60_m_are_the_files_own_pixels(folder: str, steps: dict[str, int]) -> None:
+    root = DATA / folder
+    if not root.is_dir():
+        pytest.skip(f"real files are not at {root}")
+    names = [*steps, "B02"]
+    paths = [next(path for path in root.rglob(f"*{name}.tif")) for name in names]
+    scene, left = assemble("s", [band_of(path, name) for path, name in zip(paths, names, strict=True)], "native")
+    assert not left
+    assert [channel.footprint for channel in scene.channels] == [*steps.values(), 1]
+    window = (slice(12, 108), slice(24, 120))
+    pixels, _ = scene.read(window)
+    for place, (path, step) in enumerate(zip(paths, [*steps.values(), 1], strict=True)):
+        with rasterio.open(path) as source:
+            own = source.read(1)[tuple(slice(part.start // step, part.stop // step) for part in window)]
+        assert own.std() > 0
+        np.testing.assert_array_equal(pixels[place, ::step, ::step], own)
+        np.testing.assert_array_equal(pixels[place], np.kron(own, np.ones((step, step), own.dtype)))
