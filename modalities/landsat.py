@@ -72,7 +72,7 @@ SURFACE_KELVIN = (0.00341802, 149.0)
 
 HLS_REFLECTANCE = (1e-4, 0.0)
 HLS_KELVIN = (0.01, 273.15)
-"""HLS 2.0 stores brightness temperature in hundredths of a degree Celsius (User Guide, table 9)."""
+"""HLS 2.0 stores brightness temperature in hundredths of a degree Celsius."""
 
 BadClass = Literal["dilated_cloud", "cirrus", "cloud", "cloud_shadow", "snow", "water", "high_aerosol"]
 
