@@ -164,24 +164,26 @@ def _compare(job: Job) -> dict[str, Any]:
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names)}
             tracker.dataset(job.store.kind, job.store.digest, "fine-tuning", facts)
-        scores = {f"{arm}-seed{seed}": train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
+        found = {f"{arm}-seed{seed}": train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
+        scores, confused = {name: part for name, (part, _) in found.items()}, {name: part for name, (_, part) in found.items()}
         if tracker is None:
             return {}
         for arm in arms:
             own = [scores[f"{arm}-seed{seed}"] for seed in settings.seeds]
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
         facts = _register(job, arms[0], tracker)
-    summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores}
+    summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores, "confusion": confused}
     bands = store_matching(job.about, job.store, settings.bands).table()
     groups = {side: len(set(job.store.index.group[rows].tolist())) for side, rows in (("train", job.rows), ("val", job.task.held_out))}
     return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, "bands": bands, **facts})
 
 
-def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[str, float]:
-    """Train one arm, or go on with it, and score it on whole held-out tiles."""
+def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> tuple[dict[str, float], list[list[int]]]:
+    """Train one arm, or go on with it, and score it on whole held-out tiles; scores and confusion."""
     settings, folder = job.settings, job.settings.out / f"{arm}-seed{seed}"
-    if (folder / "scores.json").is_file():
-        return {name: float(value) for name, value in recall(folder, "scores.json").items()}
+    if (folder / "scores.json").is_file() and (folder / "confusion.json").is_file():
+        scores = {name: float(value) for name, value in recall(folder, "scores.json").items()}
+        return scores, recall(folder, "confusion.json")["voxels"]
     model = new_segmenter(job, arm, seed)
     lr = learning_rate(settings.optim, settings.loader.global_batch_size)
     layers = partial(layer_number, depth=job.about.encoder.depth)
@@ -212,13 +214,16 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> dict[st
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
         with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
             train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
-        scores = score(replace(task, held_out=job.store.rows("val")), model.eval(), settings.overlap)
+        scores, confused = score(replace(task, held_out=job.store.rows("val")), model.eval(), settings.overlap)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
             save_segmenter(job, model, folder / "model", arm, child.run_id)
+            write_json(
+                folder / "confusion.json", {"rows": "labelled", "columns": "predicted", "classes": job.task.names, "voxels": confused}
+            )
             write_json(folder / "scores.json", scores)
     job.parallel.barrier()
-    return scores
+    return scores, confused
 
 
 def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
@@ -233,16 +238,23 @@ def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
     return model.to(job.parallel.device)
 
 
-def score(task: Segmentation, model: Segmenter, overlap: float) -> dict[str, float]:
-    """Dice and IoU per class over all held-out voxels, and the mean over scenes of each scene's Dice."""
+def score(task: Segmentation, model: Segmenter, overlap: float) -> tuple[dict[str, float], list[list[int]]]:
+    """Dice and IoU per class over all held-out voxels and the mean over scenes of each scene's Dice; voxels by true and predicted class.
+
+    Raises:
+        RunError: No held-out voxel has both a value and a class.
+    """
     totals = confusion_by_scene(task, model, overlap)
-    scores = dict(measures(torch.stack(list(totals.values())).sum(dim=0), task.names))
+    total = torch.stack(list(totals.values())).sum(dim=0)
+    if not total.any():
+        raise RunError("no voxel of the held-out tiles has both a value and a class that counts; give more labels, or hold out others")
+    scores = dict(measures(total, task.names))
     by_scene = [dict(measures(total, task.names)) for total in totals.values()]
     for name in task.names:
         values = [part[f"dice/{name}"] for part in by_scene if f"dice/{name}" in part]
         if values:
             scores[f"scene_dice/{name}"] = mean(values)
-    return scores
+    return scores, [[int(count) for count in row] for row in total]
 
 
 def save_segmenter(job: Job, model: Segmenter, folder: Path, arm: str, run_id: str) -> None:
@@ -293,6 +305,8 @@ def tell(result: dict[str, Any]) -> None:
                 cells.append(mean_and_deviation([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
         rows.append(cells)
     table(f"held-out groups, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
+    if figures.get("confusion"):
+        tell_confusion(figures)
     console.print("Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of groups that no arm was trained on.")
     if len(arms) == 2:
         gains = [scores[f"pretrained-seed{seed}"]["mean_dice"] - scores[f"scratch-seed{seed}"]["mean_dice"] for seed in seeds]
@@ -301,6 +315,16 @@ def tell(result: dict[str, Any]) -> None:
         )
     console.print(f"registered as {result['mlflow']['model']} ({result['mlflow']['alias']}), from encoder {result['mlflow']['encoder']}")
     console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
+
+
+def tell_confusion(figures: dict[str, Any]) -> None:
+    """Print where the voxels of each class went, for the first arm and seed."""
+    name, counts = next(iter(figures["confusion"].items()))
+    rows = []
+    for labelled, row in zip(figures["classes"], counts, strict=True):
+        total = sum(row)
+        rows.append([labelled, str(total), *(f"{count / total:.1%}" if total else "none" for count in row)])
+    table(f"{name}: share of each class's held-out voxels by what was predicted", ["labelled", "voxels", *figures["classes"]], rows)
 
 
 def check(settings: FinetuneSettings) -> list[str]:

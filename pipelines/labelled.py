@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -89,7 +90,7 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
     reader = reader_of(about, settings.reader)
     catalogue = scan(settings.data, reader)
     labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore)
-    tell_labels(labelling)
+    tell_labels(labelling, settings.class_names)
     catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in labelling.pairs))
     labels = {scene.name: found for scene, found in labelling.pairs}
     tile = settings.prepare.tile or usual_tile(reader.kind, to_plain(reader))
@@ -107,14 +108,16 @@ def class_attributes(labelling: Labelling) -> dict[str, Any]:
     return {key: {str(value): entry for value, entry in sorted(entries.items())} for key, entries in found.items() if entries}
 
 
-def tell_labels(labelling: Labelling) -> None:
+def tell_labels(labelling: Labelling, class_names: Sequence[str] = ()) -> None:
     """Print what was done to the labels, pixels per class, and which scenes have none."""
     for note in labelling.notes[:MOST_NOTES]:
         console.print(note, markup=False)
     if len(labelling.notes) > MOST_NOTES:
         console.print(f"… and {len(labelling.notes) - MOST_NOTES} more lines on labels")
     if labelling.pixels:
-        total, names = sum(labelling.pixels.values()), {-1: "no label", **labelling.classes.names}
+        values = [value for value in labelling.pixels if value >= 0]
+        given = dict(zip(values, class_names, strict=True)) if len(class_names) == len(values) else {}
+        total, names = sum(labelling.pixels.values()), {-1: "no label", **labelling.classes.names, **given}
         rows = [
             ("" if value < 0 else str(value), names.get(value, ""), str(count), f"{count / total:.1%}")
             for value, count in labelling.pixels.items()

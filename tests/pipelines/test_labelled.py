@@ -111,6 +111,11 @@ def test_a_segmenter_from_polygons_knows_the_names_and_colours_of_its_classes(
     result = json.loads((folder / "segmenter" / "result.json").read_text())["figures"]
     assert result["classes"] == ["barley", "lake", "wood"]
     assert {"dice/barley", "iou/lake", "mean_iou"} <= set(result["held_out"]["pretrained-seed0"])
+    confused = np.array(result["confusion"]["pretrained-seed0"])
+    hit, wrong = np.diag(confused), confused.sum(axis=0) + confused.sum(axis=1) - np.diag(confused)
+    assert confused.sum() == 2 * 16 * 20, "every voxel of the held-out places once"
+    assert result["held_out"]["pretrained-seed0"]["iou/barley"] == pytest.approx(hit[0] / wrong[0])
+    assert "share of each class's held-out voxels by what was predicted" in told
     about = load_description(folder / "segmenter" / "model", "segmenter")
     assert about.classes == ((1, "barley"), (2, "lake"), (3, "wood"))
     assert about.colours == ((255, 204, 0), (0, 0, 255), (0, 102, 0))
