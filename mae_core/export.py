@@ -44,6 +44,8 @@ class Description(Settings):
         units: Of the physical values per channel; empty strings where nobody said.
         levels: Processing levels that the training data of each channel had, such as `L2A`; empty where nobody said.
         wavelengths_nm: Centre wavelength of each channel, None where it has none; empty where nobody said.
+        percentiles: Of physical values per channel, at the percents of `mae_core.histogram.PERCENTS`, None where nobody counted; may be
+            empty.
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
     """
@@ -65,6 +67,7 @@ class Description(Settings):
     units: tuple[str, ...] = ()
     levels: tuple[tuple[str, ...], ...] = ()
     wavelengths_nm: tuple[float | None, ...] = ()
+    percentiles: tuple[tuple[float | None, ...], ...] = ()
     reader: dict[str, Any]
     lineage: dict[str, str]
 

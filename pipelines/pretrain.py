@@ -264,6 +264,7 @@ def _finish(
         encoder=recipe.model.encoder,
         reader=store.attributes["reader"],
         lineage=lineage,
+        percentiles=tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in store.statistics.percentiles),
         **described(bands_of(store.attributes["channels"])),
     )
     weights = save_model(out / "model", model.encoder, description)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,7 @@ def test_common_channels_go_on_as_they_were_and_new_ones_are_added(
     assert ["dropped", "embed.weight[A]", "", "1", "the new encoder has no such band"] in result["transfer"]
     assert new.lineage["begun_with_weights"] == json.loads((encoder / "result.json").read_text())["digests"]["weights"]
     assert new.wavelengths_nm == (665.0, 560.0)
+    np.testing.assert_array_equal(np.array(new.percentiles, float), store.statistics.percentiles)
 
 
 def test_a_killed_run_goes_on_and_tells_the_same(tmp_path_factory: pytest.TempPathFactory, encoder: Path, tmp_path: Path) -> None:
