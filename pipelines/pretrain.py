@@ -296,9 +296,11 @@ def tell_start(
     weights = sum(weight.numel() for weight in state.model.parameters()) / 1e6
     encoder = recipe.model.encoder
     grid = token_grid(recipe.crop, encoder.step)
+    groups = len(channel_groups(encoder.groups, store.channels, tuple(encoder.footprints.get(name, 1) for name in store.channels)))
+    each = f"{groups} groups of " if groups > 1 else ""
     say(
         f"[bold]{encoder.preset}[/] encoder, {weights:.2f} M weights with decoder; channels {', '.join(store.channels)}; "
-        f"crop {'×'.join(map(str, recipe.crop))} in {int(np.prod(grid))} tokens of {'×'.join(map(str, encoder.patch))}, "
+        f"crop {'×'.join(map(str, recipe.crop))} in {each}{int(np.prod(grid))} tokens of {'×'.join(map(str, encoder.patch))}, "
         f"{recipe.hiding.mask_ratio:.0%} hidden; {tiles} training and {len(held_out)} held-out tiles; "
         f"lr {lr:.2e} = {recipe.optim.base_lr:g} · {recipe.loader.global_batch_size} / 256"
     )
