@@ -7,7 +7,7 @@ catalogues are wrong about it, so a convention that metadata name is held agains
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,6 +45,9 @@ OUT_OF_ORDER = (
     "its B10, the darkest band wherever there is light, is brighter than another one: "
     "the bands are in another order, name the right one with reader.bands or reader.layouts"
 )
+SNOW = 1.6
+"""Half of a band is never brighter than this: fresh snow under a low sun comes to 1.3."""
+
 SIXTEEN_BITS = 65535 / 10000
 """Portals export reflectance as a share of 65535; the product's own steps stay visible as multiples of this."""
 
@@ -78,12 +81,14 @@ class Verdict:
         evidence: The figures that it rests on.
         wrong_scale: Why the numbers cannot be reflectance · 10000, with the remedy; empty where they can.
         wrong_order: Why the bands cannot be those that they are called; empty where they can.
+        brightest: The largest of the bands' medians, as stored; zero where nothing was looked at.
     """
 
     plus_1000: Answer
     evidence: str
     wrong_scale: str = ""
     wrong_order: str = ""
+    brightest: float = 0.0
 
 
 def look(bands: Iterable[BandFile]) -> dict[str, Sample]:
@@ -145,6 +150,10 @@ def judge(samples: Mapping[str, Sample], level: str = "") -> Verdict:
     """
     if not samples:
         return Verdict("unknown", f"fewer than {ENOUGH} valid pixels")
+    return replace(_judge(samples, level), brightest=max(sample.median for sample in samples.values()))
+
+
+def _judge(samples: Mapping[str, Sample], level: str) -> Verdict:
     if _is_out_of_order(samples):
         return Verdict("unknown", "", wrong_order=OUT_OF_ORDER)
     doubt = _wrong_scale(samples)
@@ -193,8 +202,8 @@ def _wrong_scale(samples: Mapping[str, Sample]) -> str:
     infrared, visible = (max((sample.median for sample in group), default=0.0) for group in (near, seen))
     if infrared > 11000 and visible < 0.8 * infrared:
         return f"half of its near infrared is above 1.1 if it is reflectance · 10000, and cloud or snow it is not; {say_scale('…')}"
-    if max(sample.median for sample in samples.values()) > 16000:
-        return f"half of a band is above 1.6 if it is reflectance · 10000, brighter than snow; {say_scale('…')}"
+    if max(sample.median for sample in samples.values()) > 1e4 * SNOW:
+        return f"half of a band is above {SNOW} if it is reflectance · 10000, brighter than snow; {say_scale('…')}"
     if near and "B03" in samples and brightest < 1000 and max(sample.high for sample in near) > 2.5 * samples["B03"].high:
         return (
             "its near infrared is far above its green, as over leaves, yet below 0.1 everywhere if it is reflectance · 10000: "

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from modalities import archive
 from modalities.class_band import MaskFile, SceneClasses
 from modalities.product import Level
-from modalities.radiometry import Answer, Verdict, judge, look
+from modalities.radiometry import SNOW, Answer, Verdict, judge, look, say_scale
 from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely, split_masks, with_classes, with_masks
 from modalities.raster_file import BandFile
 from modalities.resample import Resampling
@@ -271,7 +271,7 @@ def _claim(
         return (band.channel.scale, band.channel.offset), "its tags"
     if settings.offset is not None and not settings.harmonize:
         return (default, settings.offset), "reader.offset"
-    return (default, 0.0), "reader.scale" if settings.scale is not None and not settings.harmonize else ""
+    return (default, 0.0), "" if settings.scale is None or (settings.harmonize and default == PLAIN[0]) else "reader.scale"
 
 
 def _refuse_mixture(cases: Sequence[_Case], settings: Sentinel2Settings) -> None:
@@ -312,8 +312,12 @@ def _settle(case: _Case, settings: Sentinel2Settings, told: set[Answer]) -> _Cas
     verdict = case.verdict
     if verdict.wrong_order:
         raise SceneError(verdict.wrong_order)
-    if verdict.wrong_scale and settings.scale is None:
+    if verdict.wrong_scale and settings.scale in (None, PLAIN[0]):
         raise SceneError(verdict.wrong_scale)
+    if not case.explicit:
+        value = max(verdict.brightest * scale + offset for scale, offset in case.scaling.values())
+        if value > SNOW and not verdict.wrong_scale:
+            raise SceneError(f"half of a band is above {SNOW} with the scale of {case.claim}, brighter than snow; {say_scale('1e-4')}")
     if case.claim:
         if {case.said, verdict.plus_1000} == KNOWN:
             has, right = ("carry +1000", -0.1) if verdict.plus_1000 == "yes" else ("carry no +1000", 0)

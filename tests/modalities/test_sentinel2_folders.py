@@ -149,6 +149,12 @@ def test_the_known_flags_of_the_terramind_chips_come_from_their_pixels() -> None
             {"bands": "land10"},
             "probably reflectance · 1000; say reader.layouts=[{match: …, scale: 0.001, offset: 0}]",
         ),
+        ("aberystwyth_s2_landcover", {"bands": "land10", "scale": 1e-4}, "probably reflectance · 1000; say reader.layouts"),
+        (
+            "majortom_core_199U_1099R",
+            {"scale": 1e-3},
+            "half of a band is above 1.6 with the scale of reader.scale, brighter than snow; say",
+        ),
         (
             "aquileia_s2",
             {},
