@@ -109,7 +109,7 @@ def look(bands: Iterable[BandFile]) -> dict[str, Sample]:
     found: dict[str, Sample] = {}
     for group in together.values():
         try:
-            parts = [read_bands(group, window) for window in _windows(group[0].grid.space)]
+            parts = [read_bands(group, window) for window in _windows(group[0].grid.space, group[0].block)]
         except SceneError:
             continue
         for i, band in enumerate(group):
@@ -221,16 +221,20 @@ def _low(samples: Mapping[str, Sample], name: str) -> float:
     return samples[name].low if name in samples else np.inf
 
 
-def _windows(space: Sequence[int]) -> list[tuple[slice, slice]]:
-    """All of a small image; else parts spread over it."""
+def _windows(space: Sequence[int], block: Sequence[int]) -> list[tuple[slice, slice]]:
+    """All of a small image; else parts spread over it, which begin with a block where blocks are at least as large."""
     if max(space) <= 3 * WINDOW:
         return [(slice(0, space[0]), slice(0, space[1]))]
     thirds = (1 / 6, 1 / 2, 5 / 6)
     places = [(i, j) for i in thirds for j in thirds]
     if max(space) > LARGE:
         places = places[::2]
-    begin = [tuple(max(int(share * size) - WINDOW // 2, 0) for share, size in zip(place, space, strict=True)) for place in places]
-    return [(slice(row, min(row + WINDOW, space[0])), slice(column, min(column + WINDOW, space[1]))) for row, column in begin]
+    windows = []
+    for place in places:
+        begin = [max(int(share * size) - WINDOW // 2, 0) for share, size in zip(place, space, strict=True)]
+        row, column = (start - start % step if step >= WINDOW else start for start, step in zip(begin, block, strict=True))
+        windows.append((slice(row, min(row + WINDOW, space[0])), slice(column, min(column + WINDOW, space[1]))))
+    return windows
 
 
 def _inner(valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
