@@ -102,6 +102,23 @@ def restore(state: TrainState, folder: Path, say: Callable[[str], None]) -> dict
     return None
 
 
+def restore_weights(model: nn.Module, folder: Path, say: Callable[[str], None]) -> int:
+    """Load the weights of the newest sound checkpoint into a model; the step that they are of.
+
+    Raises:
+        CheckpointError: There is no sound checkpoint, or it does not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    for path in reversed(steps(folder)):
+        problem = verify(path)
+        if not problem:
+            _load_weights(model, load_file(path / "model.safetensors"), path)
+            return int(json.loads((path / "state.json").read_text())["step"])
+        say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+    raise CheckpointError(f"{folder} holds no sound checkpoint, which the decoder is in; give the folder of a run that still has its own")
+
+
 def peek(folder: Path) -> dict[str, Any] | None:
     """Record of the newest sound checkpoint without loading it."""
     for path in reversed(steps(folder)):

@@ -112,14 +112,14 @@ class Labeller:
 
         def predict(windows: list[Window]) -> Tensor:
             parts = [rows.window(window) for window in windows]
-            flags = [_padded(quality & about.no_value, about.crop, about.no_value) for _, quality in parts]
+            flags = [padded(quality & about.no_value, about.crop, about.no_value) for _, quality in parts]
             known = torch.from_numpy(np.stack(flags)) == 0
             out = torch.zeros(len(windows), len(about.classes), *about.crop)
             some = known.flatten(1).any(dim=1)  # a crop without any value is labelled nowhere
             if some.any():
-                pixels = self.fed(source, columns, np.stack([_padded(part, about.crop, 0) for part, _ in parts]), known)
+                pixels = fed(about, source, columns, np.stack([padded(part, about.crop, 0) for part, _ in parts]), known)
                 device = next(self.model.parameters()).device
-                context = _repeated(source.context, int(some.sum())).to(device)
+                context = repeated(source.context, int(some.sum())).to(device)
                 out[some] = chances(self.model, about.crop, pixels[some].to(device), known[some].to(device), context)
             return out
 
@@ -130,15 +130,6 @@ class Labeller:
             known = torch.from_numpy((rows.window(window)[1] & about.no_value) == 0)
             labels = torch.where(known, values[chance.argmax(dim=0)], self.no_label).to(torch.uint8)
             yield Band(window, labels.numpy(), torch.where(known, chance, torch.nan).numpy())
-
-    def fed(self, source: Source, columns: Sequence[int], stored: NDArray[np.generic], known: Tensor) -> Tensor:
-        """Crops as the model is fed: its channels, `columns` of the source's, in normalised units; zero where there is nothing."""
-        about = self.description
-        chosen = torch.from_numpy(np.ascontiguousarray(stored[:, [max(column, 0) for column in columns]]))
-        gains = [torch.tensor([[values[max(column, 0)] for column in columns]]) for values in (source.scale, source.offset)]
-        pixels = normalise(chosen, gains[0], gains[1], about.mean, about.std)
-        there = (torch.tensor(columns) >= 0).reshape(1, -1, *(1,) * len(source.space))
-        return torch.where(known[:, None] & there, pixels, 0.0)
 
     def strips(self, source: Source, memory_bytes: int, step: int) -> list[slice]:
         """Parts of the last axis, in steps, whose rows take at most `memory_bytes` each; one for most scenes."""
@@ -185,7 +176,16 @@ class Rows:
         return np.concatenate(pixels, axis=1), np.concatenate(quality)
 
 
-def _padded(array: NDArray[Any], crop: Sequence[int], fill: int) -> NDArray[Any]:
+def fed(about: Description, source: Source, columns: Sequence[int], stored: NDArray[np.generic], known: Tensor) -> Tensor:
+    """Crops as a model is fed: its channels, `columns` of the source's, in normalised units; zero where there is nothing."""
+    chosen = torch.from_numpy(np.ascontiguousarray(stored[:, [max(column, 0) for column in columns]]))
+    gains = [torch.tensor([[values[max(column, 0)] for column in columns]]) for values in (source.scale, source.offset)]
+    pixels = normalise(chosen, gains[0], gains[1], about.mean, about.std)
+    there = (torch.tensor(columns) >= 0).reshape(1, -1, *(1,) * len(source.space))
+    return torch.where(known[:, None] & there, pixels, 0.0)
+
+
+def padded(array: NDArray[Any], crop: Sequence[int], fill: int) -> NDArray[Any]:
     """The array made as large as a crop at the ends of its last axes."""
     missing = [want - have for want, have in zip(crop, array.shape[-len(crop) :], strict=True)]
     if not any(missing):
@@ -193,6 +193,7 @@ def _padded(array: NDArray[Any], crop: Sequence[int], fill: int) -> NDArray[Any]
     return np.pad(array, [(0, 0)] * (array.ndim - len(crop)) + [(0, extra) for extra in missing], constant_values=fill)
 
 
-def _repeated(context: Context, number: int) -> Context:
+def repeated(context: Context, number: int) -> Context:
+    """The context of one sample for so many."""
     parts = (getattr(context, part.name) for part in fields(context))
     return Context(*(part.expand(number, *part.shape[1:]) for part in parts))

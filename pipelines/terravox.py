@@ -17,6 +17,7 @@ VERBS = (
     ("probe", "encoder and labels to what a linear map and nearest neighbours read out of frozen features"),
     ("compare", "one choice at a time: the same pretraining with changes and seeds, judged by probes"),
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
+    ("reconstruct", "pretraining run and images to rasters of what is there, what was shown and what was predicted"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
     ("benchmark", "training step, preparation, loader and codecs against what the machine can do and against other libraries"),
@@ -64,6 +65,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
             from pipelines.compare import main as chosen
         case "predict":
             from pipelines.predict import main as chosen
+        case "reconstruct":
+            from pipelines.reconstruct import main as chosen
         case "convert":
             from pipelines.convert import main as chosen
         case "demo":

@@ -23,7 +23,7 @@ ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors augment attention native vit sparse_conv encoders",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel checkpoint export weights band_transfer published monai_export",
-    "wholes": "train evaluate segmentation labelling probes tiling tracking served_model figures store_sheet finetune",
+    "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet finetune",
 }
 HOMES = {
     "rasterio": [
