@@ -159,7 +159,8 @@ def statistics_of(document: Mapping[str, Any]) -> Statistics:
     empty = {"mean": 0.0, "std": 1.0, "min": 0.0, "max": 0.0}
     columns = {key: np.array([default if v is None else v for v in document[key]], np.float64) for key, default in empty.items()}
     unknown = [None] * len(PERCENTS)
-    rows = [row or unknown for row in document.get("percentiles", [None] * len(document["count"]))]
+    given = [*document.get("percentiles", []), *[None] * len(document["count"])][: len(document["count"])]
+    rows = [row or unknown for row in given]
     percentiles = np.array([[np.nan if value is None else value for value in row] for row in rows], np.float64).reshape(-1, len(PERCENTS))
     mean, std, low, high = columns.values()
     return Statistics(np.array(document["count"], np.int64), mean, std, low, high, percentiles)

@@ -21,8 +21,8 @@ from mae_core.figures import plane, render, shown_channels
 from mae_core.store import Split, Tile, TileStore
 from mae_core.tracking import Tracker
 
-SIDES: tuple[Split, ...] = ("train", "val")
-COLOURS = {"train": "#1f5fa8", "val": "#d2691e"}
+SIDES: tuple[Split, ...] = ("train", "val", "test")
+COLOURS = {"train": "#1f5fa8", "val": "#d2691e", "test": "#7a3f98"}
 NOTHING = (0.93, 0.55, 0.68)
 """Colour of voxels without a value, so that a hole is not taken for a dark place."""
 
@@ -64,9 +64,9 @@ def sheet_figure(store: TileStore, seed: int = 0) -> Figure:
         store: An opened store of any number of axes and channels. A bounded number of its tiles is read.
         seed: Draws the tiles that are shown and measured, and the voxels of large ones.
     """
-    sampled = {side: _sample(store, store.rows(side), seed) for side in SIDES}
+    sampled = {side: _sample(store, store.rows(side), seed) for side in _sides(store)}
     panels = min(len(store.channels), MAX_CHANNELS)
-    heights = [0.4 + 2.1 * sum(bool(sampled[side].shown) for side in SIDES), 0.35 + 1.55 * ceil(panels / min(panels, 5)), 3.5]
+    heights = [0.4 + 2.1 * sum(bool(sampled[side].shown) for side in _sides(store)), 0.35 + 1.55 * ceil(panels / min(panels, 5)), 3.5]
     figure = Figure(figsize=(13, sum(heights) + 0.7), dpi=100, layout="constrained")
     figure.suptitle(_title(store), fontsize=11)
     top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -120,10 +120,15 @@ def _sample(store: TileStore, rows: NDArray[np.int64], seed: int) -> Sampled:
     return Sampled(drawn, tuple(np.concatenate(parts) if parts else np.empty(0) for parts in values), tuple(shown))
 
 
+def _sides(store: TileStore) -> list[Split]:
+    """The sides of the split; `test` where regions are held out whole."""
+    return [side for side in SIDES if side != "test" or len(store.rows(side))]
+
+
 def _pictures(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampled]) -> None:
     """A row per side; every picture is stretched between the 1st and 99th percentile of its counted values, which are told."""
-    sides = [side for side in SIDES if sampled[side].shown]
-    none = "".join(f"; no {side} tiles" for side in SIDES if side not in sides)
+    sides = [side for side in _sides(store) if sampled[side].shown]
+    none = "".join(f"; no {side} tiles" for side in _sides(store) if side not in sides)
     which = "date" if _is_series(store) else "plane across the last axis"
     plane = f"; of each the {which} that holds most of them" if len(store.space) == 3 else ""
     figure.suptitle(f"tiles, each stretched to the 1st–99th percentile of its counted values{plane}; pink: no value{none}", fontsize=9)
@@ -178,8 +183,8 @@ def _fullest_plane(quality: NDArray[np.uint8]) -> slice:
 
 def _histograms(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sampled], seed: int) -> None:
     """A panel per channel: share of counted voxels by physical value, with mean ± std of the whole training side."""
-    used = ", ".join(f"{len(sampled[side].rows)} of {len(store.rows(side))} {side} tiles" for side in SIDES)
-    voxels = max((sum(len(sampled[side].values[place]) for side in SIDES) for place in range(len(store.channels))), default=0)
+    used = ", ".join(f"{len(sampled[side].rows)} of {len(store.rows(side))} {side} tiles" for side in _sides(store))
+    voxels = max((sum(len(sampled[side].values[place]) for side in _sides(store)) for place in range(len(store.channels))), default=0)
     more = len(store.channels) - MAX_CHANNELS
     figure.suptitle(
         f"physical values (stored · scale + offset) of counted voxels of {used}, drawn with seed {seed}: at most {voxels:,} a channel; "
@@ -195,13 +200,13 @@ def _histograms(figure: SubFigure, store: TileStore, sampled: Mapping[Split, Sam
         place.set_title(_channel_name(store.attributes["channels"][number]), fontsize=8, pad=2)
         place.tick_params(labelsize=6.5, length=2)
         place.set_yticks([])
-        both = np.concatenate([sampled[side].values[number] for side in SIDES])
+        both = np.concatenate([sampled[side].values[number] for side in _sides(store)])
         if not len(both):
             place.text(0.5, 0.5, "no counted voxel\nin these tiles", ha="center", va="center", fontsize=8, transform=place.transAxes)
             place.set_xticks([])
             continue
         edges = _edges(both)
-        for side in SIDES:
+        for side in _sides(store):
             values = np.clip(sampled[side].values[number], edges[0], edges[-1])
             if len(values):
                 shares = np.histogram(values, edges)[0] / len(values)
@@ -226,9 +231,9 @@ def _edges(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _valid_shares(figure: SubFigure, store: TileStore) -> None:
     """How much of the tiles counts, both sides in one panel."""
     place = figure.subplots()
-    shares = [store.index.valid_fraction[store.rows(side)] for side in SIDES]
+    shares = [store.index.valid_fraction[store.rows(side)] for side in _sides(store)]
     edges = np.linspace(0, 1, 21)
-    place.hist(shares, bins=list(edges), color=[COLOURS[side] for side in SIDES], label=list(SIDES))
+    place.hist(shares, bins=list(edges), color=[COLOURS[side] for side in _sides(store)], label=_sides(store))
     place.set_xlim(0, 1)
     if max(np.histogram(part, edges)[0].max() for part in shares) > MANY_TILES:
         place.set_yscale("log")
@@ -240,8 +245,8 @@ def _valid_shares(figure: SubFigure, store: TileStore) -> None:
     place.set_xlabel("share of voxels that count", fontsize=8)
     place.set_ylabel("tiles", fontsize=8)
     place.tick_params(labelsize=7)
-    groups = {side: len(np.unique(store.index.group[store.rows(side)])) for side in SIDES}
-    sides = ", ".join(f"{side} {_many(len(store.rows(side)), 'tile')} of {_many(groups[side], 'group')}" for side in SIDES)
+    groups = {side: len(np.unique(store.index.group[store.rows(side)])) for side in _sides(store)}
+    sides = ", ".join(f"{side} {_many(len(store.rows(side)), 'tile')} of {_many(groups[side], 'group')}" for side in _sides(store))
     place.set_title(
         f"{sides}\ncounted: {store.index.valid_fraction.mean():.1%} in the mean, least {store.index.valid_fraction.min():.1%}", fontsize=9
     )
@@ -267,7 +272,7 @@ def _maps(figure: SubFigure, store: TileStore) -> None:
     columns = min(2, len(largest)) if len(largest) != 3 else 3
     places = figure.subplots(ceil(len(largest) / columns), columns, squeeze=False).ravel()
     for frame, place in zip(largest, places, strict=False):
-        for side in SIDES:
+        for side in _sides(store):
             rows = np.flatnonzero((index.frame == frame) & (index.split == side))
             if len(rows):
                 corners = tile_outlines(index.affine[rows], index.extent[rows])
@@ -304,8 +309,8 @@ def _num_scenes(store: TileStore, frame: str) -> int:
 
 def _scenes(figure: SubFigure, store: TileStore) -> None:
     """Tiles by scene, the largest first; names as the store has them, which are pseudonyms where names are not to be told."""
-    counts = {side: Counter(str(scene) for scene in store.index.scene[store.rows(side)]) for side in SIDES}
-    total = counts["train"] + counts["val"]
+    counts = {side: Counter(str(scene) for scene in store.index.scene[store.rows(side)]) for side in _sides(store)}
+    total = sum(counts.values(), Counter())
     largest = sorted(total, key=lambda scene: (-total[scene], scene))[:MAX_SCENES]
     rest = [total[scene] for scene in total if scene not in largest]
     span = dict.fromkeys((min(rest), max(rest))) if rest else ()
@@ -313,7 +318,7 @@ def _scenes(figure: SubFigure, store: TileStore) -> None:
     place = figure.subplots()
     place.set_title(f"tiles by scene, {_many(len(total), 'scene')}{more}", fontsize=9)
     begin = np.zeros(len(largest))
-    for side in SIDES:
+    for side in _sides(store):
         width = np.array([counts[side][scene] for scene in largest], dtype=float)
         place.barh(range(len(largest)), width, left=begin, color=COLOURS[side], label=side)
         begin += width

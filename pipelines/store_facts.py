@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mae_core.chunks import ChunkCodec
+from mae_core.histogram import PERCENTS
 from mae_core.store import Split, TileStore
 from mae_core.store_folder import FORMAT, FORMAT_VERSION
 from pipelines.progress import console, table
@@ -115,6 +116,9 @@ def _channels(store: TileStore) -> list[dict[str, Any]]:
                 "tiles": int(store.index.present[:, place].sum()),
                 "count": count,
                 **{name: float(column[place]) if count else None for name, column in values.items()},
+                "percentiles": {
+                    str(percent): float(value) for percent, value in zip(PERCENTS, statistics.percentiles[place], strict=True) if value == value
+                },
             }
         )
     return columns

@@ -66,7 +66,7 @@ def test_stopped_at_any_write_it_ends_in_the_same_bytes(scenes: Scenes, tmp_path
     """Before and after each renaming in turn; nothing is tidied up on the way down, as after a kill."""
     whole = tree(prepare(scenes, tmp_path / "whole", HERE).path)
     stop = stopping(monkeypatch)
-    steps = 1 + 5 * 3 + 5 + 1 + 5 + 1 + 1
+    steps = 1 + 5 * 3 + 6 + 1 + 6 + 1 + 1
     for at in range(2, 2 * steps + 2):
         out = tmp_path / f"broken{at}"
         stop.update(at=at, count=0)
