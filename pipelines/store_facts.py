@@ -117,7 +117,8 @@ def _channels(store: TileStore) -> list[dict[str, Any]]:
                 "count": count,
                 **{name: float(column[place]) if count else None for name, column in values.items()},
                 "percentiles": {
-                    str(percent): float(value) for percent, value in zip(PERCENTS, statistics.percentiles[place], strict=True) if value == value
+                    str(percent): None if np.isnan(value) else float(value)
+                    for percent, value in zip(PERCENTS, statistics.percentiles[place], strict=True)
                 },
             }
         )
