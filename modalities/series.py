@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modalities.grid import Grid, Window
 from modalities.landsat import LandsatSettings
@@ -29,7 +29,7 @@ class SeriesSettings(AdapterSettings):
     """How images become time series.
 
     Attributes:
-        of: How the images are read.
+        of: How the images are read; without a kind, as a folder of mixed products.
         dates: Length of a series: a place's dates in order of time are cut into runs of so many.
         min_dates: What is left over becomes a shorter series from so many on, padded in the store; `dates` if left out.
         exclude: Globs of relative paths or file names that are not looked at.
@@ -42,6 +42,11 @@ class SeriesSettings(AdapterSettings):
     dates: int = Field(ge=2, le=1000)
     min_dates: int | None = Field(None, ge=2)
     exclude: tuple[str, ...] = ()
+
+    @field_validator("of", mode="before")
+    @classmethod
+    def _of_mixed_products(cls, reader: object) -> object:
+        return {"kind": "satellite", **reader} if isinstance(reader, dict) else reader
 
     @model_validator(mode="after")
     def _no_more_than_there_are(self) -> SeriesSettings:

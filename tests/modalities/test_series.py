@@ -149,6 +149,8 @@ def test_the_class_of_most_dates(values: list[int]) -> None:
 
 
 def test_settings() -> None:
+    mixed = SeriesSettings.model_validate({"dates": 2, "of": {"sentinel1": {"unit": "power"}}}).of
+    assert (mixed.kind, mixed.sentinel1.unit if mixed.kind == "satellite" else "") == ("satellite", "power")
     for wrong in ({}, {"dates": 1}, {"dates": 2, "min_dates": 3}, {"dates": 2, "of": {"kind": "mri"}}):
         with pytest.raises(ValidationError):
             SeriesSettings.model_validate(wrong)
