@@ -168,7 +168,7 @@ def _judge(samples: Mapping[str, Sample], level: str) -> Verdict:
     below = [name for name, sample in asked.items() if sample.low < DARKEST]
     dim = [name for name, sample in asked.items() if sample.median < DARK]
     bare_air = top and (_low(samples, "B02") < PATH_BLUE or _low(samples, "B01") < PATH_COAST)
-    if _low(samples, "B10") < FLOOR or dim or len(below) >= 2 or (top and asked[darkest].low < FLOOR):
+    if dim or len(below) >= 2 or (top and asked[darkest].low < FLOOR):
         return Verdict("no", evidence)
     if bare_air:
         return Verdict("no", f"B02 is as dark as {_low(samples, 'B02'):.0f}, less than air alone would be with +1000")

@@ -32,6 +32,7 @@ PLAIN = (1e-4, 0.0)
 
 SAY_OFFSET = "say it with reader.layouts=[{match: …, offset: -0.1 or 0}]"
 KNOWN: set[Answer] = {"yes", "no"}
+PIXELS_SAY: dict[Answer, str] = {"yes": "the pixels say +1000", "no": "the pixels say no +1000", "unknown": "the pixels do not tell"}
 
 
 def _bands(names: object) -> object:
@@ -403,7 +404,7 @@ def _notes(cases: Sequence[_Case]) -> list[str]:
             f"level {case.level or 'unknown'} by {case.level_by}",
             "; ".join(f"scale {scale:.6g}, offset {offset:.6g}" for scale, offset in sorted(set(case.scaling.values()))),
             case.claim,
-            {"yes": "the pixels say +1000", "no": "the pixels say no +1000", "unknown": "the pixels do not tell"}[case.verdict.plus_1000],
+            "the pixels were not asked" if case.explicit else PIXELS_SAY[case.verdict.plus_1000],
         )
         for case in cases
     )
