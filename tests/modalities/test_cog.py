@@ -67,6 +67,15 @@ def test_a_map_of_classes_is_a_valid_cog_with_names_and_colours(tmp_path: Path, 
     assert count_values(path) == {int(value): int((values == value).sum()) for value in np.unique(values)}
 
 
+def test_numbers_without_a_colour_table_are_not_averaged_either(tmp_path: Path) -> None:
+    """GDAL leaves what has a colour table unaveraged of itself; this has none."""
+    values = numbers((1024, 600))
+    write_raster(tmp_path / "map.tif", of_classes((1024, 600), classes=(), colours=()), values)
+    with rasterio.open(tmp_path / "map.tif", overview_level=0) as small:
+        blocks = values[0].reshape(512, 2, 300, 2)
+        assert (blocks == small.read(1)[:, None, :, None]).any(axis=(1, 3)).all(), "each is one of the four below it"
+
+
 def test_gdal_finds_the_names_of_the_classes(tmp_path: Path) -> None:
     """A VRT tells what GDAL knows of a file, which rasterio does not ask for."""
     write_raster(tmp_path / "map.tif", of_classes((20, 30)), numbers((20, 30)))
