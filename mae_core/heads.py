@@ -35,16 +35,21 @@ class Segmenter(nn.Module):
         self.taps = tuple(max(depth * stage // stages, 1) - 1 for stage in range(1, stages + 1))
 
     def forward(
-        self, pixels: Float[Tensor, "batch channel *space"], has_value: Bool[Tensor, "batch *space"], context: Context | None = None
+        self,
+        pixels: Float[Tensor, "batch channel *space"],
+        has_value: Bool[Tensor, "batch *space"],
+        context: Context | None = None,
+        present: Bool[Tensor, "batch channel"] | None = None,
     ) -> Float[Tensor, "batch class *space"]:
         """Class scores in fp32's or autocast's dtype.
 
         Args:
-            pixels: Normalised units, in the encoder's channel order, zero where there is no value.
+            pixels: Normalised units, in the encoder's channel order, zero where there is no value and in channels that a sample lacks.
             has_value: False where there is none; a patch without any is seen by no other patch.
             context: What else is known of the samples.
+            present: Channels that each sample has (default: all); a group without any has no tokens.
         """
-        every = all_tokens(self.encoder.layout(pixels.shape[2:]), pixels, has_value)
+        every = all_tokens(self.encoder.layout(pixels.shape[2:]), pixels, has_value, present)
         layers = self.encoder.layers(every.patches, every.ids, every.layout.grid, every.used, None, context)
         features = [layers[tap] for tap in self.taps[:-1]] + [self.encoder.norm(layers[-1])]
         arrays = [every.by_place(tokens[:, self.encoder.num_prefix :]) for tokens in features]

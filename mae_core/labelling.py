@@ -108,6 +108,7 @@ class Labeller:
         """
         about = self.description
         columns = columns_of(about.channels, source.channels)
+        present = torch.tensor([[column >= 0 for column in columns]])
         rows = Rows(source, about.crop, strip)
 
         def predict(windows: list[Window]) -> Tensor:
@@ -120,7 +121,8 @@ class Labeller:
                 pixels = fed(about, source, columns, np.stack([padded(part, about.crop, 0) for part, _ in parts]), known)
                 device = next(self.model.parameters()).device
                 context = repeated(source.context, int(some.sum())).to(device)
-                out[some] = chances(self.model, about.crop, pixels[some].to(device), known[some].to(device), context)
+                there = present.expand(int(some.sum()), -1).to(device)
+                out[some] = chances(self.model, about.crop, pixels[some].to(device), known[some].to(device), context, there)
             return out
 
         step = common_footprint([1, *about.encoder.footprints.values()])

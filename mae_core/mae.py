@@ -203,6 +203,5 @@ def tokens_valid(
     """
     if len(layout.groups) == 1 and not layout.coarse:
         return token_valid(counted, layout.stride, min_fraction)
-    there = (present[:, None] & layout.member(present.device)).any(dim=2)
     valid = group_tokens_valid(layout, counted, min_fraction)
-    return (valid & there[:, :, None]).flatten(1)
+    return (valid & layout.any_present(present)[:, :, None]).flatten(1)

@@ -219,6 +219,10 @@ class TokenLayout:
         member = torch.tensor([[channel in group for channel in range(self.num_channels)] for group in self.groups])
         return member.to(device, non_blocking=True)
 
+    def any_present(self, present: Bool[Tensor, "batch channel"]) -> Bool[Tensor, "batch group"]:
+        """Of which groups each sample has a channel."""
+        return (present[:, None] & self.member(present.device)).any(dim=2)
+
     def seen(self, ids: Tensor, used: Tensor) -> Bool[Tensor, "batch channel *space"]:
         """Voxels that lie in one token at least of those that are used."""
         space = [size * step for size, step in zip(self.grid, self.stride, strict=True)]

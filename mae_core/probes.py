@@ -19,9 +19,9 @@ from mae_core.encoders import AnyEncoder
 from mae_core.loader import fixed_batches
 from mae_core.masking import counter_bits
 from mae_core.nd import patchify
-from mae_core.segmentation import IGNORE, Segmentation, arrange, confusion
+from mae_core.segmentation import IGNORE, Segmentation, arrange, confusion, present_of
 from mae_core.settings import Settings
-from mae_core.vit import all_tokens, pooled
+from mae_core.vit import AllTokens, all_tokens, pooled
 
 PIXELS = "pixels"
 """Name of the features that no network made."""
@@ -294,8 +294,10 @@ def collect(
         classes = token_classes(task.classes(batch), cell if level == "token" else task.normaliser.crop, len(task.values))
         tile = batch.sample.tile
         chosen = drawn(classes != IGNORE, torch.tensor([wanted[number] for number in tile.tolist()]), tile, seed)
+        present = present_of(batch, task.columns)
         for name, encoder in encoders.items():
-            features[name].append(encoded(encoder, pixels, has_value, batch.context, level, pool)[chosen])
+            every = all_tokens(encoder.layout(pixels.shape[2:]), pixels, has_value, present)
+            features[name].append(encoded(encoder, every, batch.context, level, pool)[chosen])
         features[PIXELS].append(unencoded(pixels, has_value, cell, level)[chosen])
         found_classes.append(classes[chosen])
         group = torch.tensor([group_of[number] for number in tile.tolist()], device=device)
@@ -304,18 +306,9 @@ def collect(
 
 
 def encoded(
-    encoder: AnyEncoder,
-    pixels: Float[Tensor, "batch channel *space"],
-    has_value: Bool[Tensor, "batch *space"],
-    context: Context | None,
-    level: Level,
-    pool: Pool,
+    encoder: AnyEncoder, every: AllTokens, context: Context | None, level: Level, pool: Pool
 ) -> Float[Tensor, "batch length width"]:
-    """An encoder's output for all places of crops, the mean over channel groups, or one pooled token of each crop.
-
-    Tokens without any value are seen by nothing.
-    """
-    every = all_tokens(encoder.layout(pixels.shape[2:]), pixels, has_value)
+    """An encoder's output for all places of crops, the mean over channel groups, or one pooled token of each crop."""
     out: Tensor = encoder(every.patches, every.ids, every.layout.grid, every.used, None, context).float()
     if level == "tile":
         return pooled(out, encoder.num_prefix, every.used, pool)[:, None]

@@ -56,7 +56,7 @@ class Segmentation:
         """Dice + cross-entropy per sample, over voxels that have a value and a label."""
         del progress
         batch = self.normaliser(raw, self.parallel.device)
-        scores = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context)
+        scores = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context, present_of(batch, self.columns))
         sums, counted = dice_cross_entropy(scores.float(), self.classes(batch))
         return Loss(sums.sum(), counted.sum(), sums.detach(), batch.sample.tile, float(len(sums)))
 
@@ -69,7 +69,8 @@ class Segmentation:
         plain = self.normaliser.plain
         for raw in fixed_batches(self.store, self.held_out, self.batch_size, self.parallel):
             batch = plain(raw, self.parallel.device)
-            guess = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context).argmax(dim=1)
+            present = present_of(batch, self.columns)
+            guess = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context, present).argmax(dim=1)
             total += confusion(guess, self.classes(batch), size).cpu()
         total = self.parallel.sum(total.to(self.parallel.device)).cpu()
         yield from (("val_crops/" + name, value) for name, value in measures(total, self.names))
@@ -157,6 +158,12 @@ def arrange(pixels: Float[Tensor, "batch channel *space"], columns: Sequence[int
     return torch.stack([pixels[:, column] if column >= 0 else empty for column in columns], dim=1)
 
 
+def present_of(batch: Batch, columns: Sequence[int]) -> Bool[Tensor, "batch ordered"]:
+    """Which channels of a model each sample of a batch has; `columns` as for `arrange`."""
+    known = torch.tensor([column >= 0 for column in columns], device=batch.present.device)
+    return batch.present[:, [max(column, 0) for column in columns]] & known
+
+
 def columns_of(wanted: Sequence[str], have: Sequence[str]) -> tuple[int, ...]:
     """Where each wanted channel stands among those at hand; -1 for one that is missing.
 
@@ -177,12 +184,13 @@ def probabilities(
     pixels: Float[Tensor, "channel *space"],
     has_value: Bool[Tensor, "*space"],
     context: Context | None = None,
+    present: Bool[Tensor, "1 channel"] | None = None,
 ) -> Float[Tensor, "class *space"]:
     """Class probabilities of an array of any size in normalised units, from blended crops; what a crop lacks is padded without value."""
 
     def predict(windows: list[Window]) -> Tensor:
         chosen = [(pixels[(slice(None), *window)][None], has_value[window][None]) for window in windows]
-        return torch.cat([chances(model, crop, part, known, context) for part, known in chosen])
+        return torch.cat([chances(model, crop, part, known, context, present) for part, known in chosen])
 
     step = common_footprint([1, *model.encoder.settings.footprints.values()])
     return Blend(tuple(has_value.shape), tuple(crop), overlap, predict, step=step).whole()
@@ -194,11 +202,12 @@ def chances(
     pixels: Float[Tensor, "batch channel *space"],
     has_value: Bool[Tensor, "batch *space"],
     context: Context | None,
+    present: Bool[Tensor, "batch channel"] | None = None,
 ) -> Float[Tensor, "batch class *crop"]:
     """Class probabilities, in main memory, of arrays that are at most as large as a crop and padded to it without value."""
     missing = [want - have for want, have in zip(crop, has_value.shape[1:], strict=True)]
     padding = [amount for extra in reversed(missing) for amount in (0, extra)]
-    scores: Tensor = model(F.pad(pixels, padding), F.pad(has_value, padding), context).float()
+    scores: Tensor = model(F.pad(pixels, padding), F.pad(has_value, padding), context, present).float()
     return scores.softmax(dim=1).cpu()
 
 
@@ -211,7 +220,8 @@ def confusion_by_scene(task: Segmentation, model: Segmenter, overlap: float) -> 
     for row in task.held_out:
         batch = whole(read_rows(store, np.asarray([row]), _unnamed()), task.parallel.device)
         pixels, has_value = arrange(batch.pixels, task.columns)[0], task.has_value(batch)[0]
-        guess = probabilities(model, task.normaliser.crop, overlap, pixels, has_value, batch.context).argmax(dim=0)
+        present = present_of(batch, task.columns)
+        guess = probabilities(model, task.normaliser.crop, overlap, pixels, has_value, batch.context, present).argmax(dim=0)
         owned = tuple(slice(0, int(length)) for length in store.index.owned[row])
         found = confusion(guess[owned], task.classes(batch)[0].cpu()[owned], size)
         scene = str(store.index.scene[row])

@@ -261,28 +261,49 @@ class AllTokens:
         ids: Token numbers `(batch, token)`.
         used: False for tokens without any value; None where every token has one.
         layout: How the crop became tokens.
+        there: Channel groups of which a sample has any channel; None where every sample has one of each group.
     """
 
     patches: Float[Tensor, "batch token channel voxel"]
     ids: Int[Tensor, "batch token"]
     used: Bool[Tensor, "batch token"] | None
     layout: TokenLayout
+    there: Bool[Tensor, "batch group"] | None = None
 
     def by_place(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch width *grid"]:
-        """Features as an array over the grid, the mean over the channel groups."""
-        mean = tokens.unflatten(1, (len(self.layout.groups), -1)).mean(dim=1)
+        """Features as an array over the grid, the mean over the channel groups that a sample has; zero where it has none."""
+        parts = tokens.unflatten(1, (len(self.layout.groups), -1))
+        if self.there is None:
+            mean = parts.mean(dim=1)
+        else:
+            kept = self.there[:, :, None, None]
+            mean = torch.where(kept, parts, 0.0).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
         out: Tensor = mean.transpose(1, 2).unflatten(2, self.layout.grid)
         return out
 
 
-def all_tokens(layout: TokenLayout, pixels: Tensor, has_value: Bool[Tensor, "batch *space"] | None = None) -> AllTokens:
-    """Every token of a batch in normalised units; with `has_value`, tokens without any value are not used."""
+def all_tokens(
+    layout: TokenLayout,
+    pixels: Float[Tensor, "batch channel *space"],
+    has_value: Bool[Tensor, "batch *space"] | None = None,
+    present: Bool[Tensor, "batch channel"] | None = None,
+) -> AllTokens:
+    """Every token of a batch in normalised units.
+
+    With `has_value`, tokens without any value are not used; with `present`, neither are those of channel groups of which a
+    sample has no channel, as in pretraining.
+    """
     ids = torch.arange(math.prod(layout.full_grid), device=pixels.device).expand(len(pixels), -1)
-    used = None
+    valid, there = None, None
     if has_value is not None:
-        valid = group_tokens_valid(layout, has_value, 0.0).flatten(1)
-        used = None if bool(valid.all()) else valid
-    return AllTokens(layout.pick(layout.split(pixels), ids), ids, used, layout)
+        valid = group_tokens_valid(layout, has_value, 0.0)
+    if present is not None and len(layout.groups) > 1:
+        some = layout.any_present(present)
+        if not bool(some.all()):
+            there, absent = some, ~some[:, :, None]
+            valid = ~absent.expand(-1, -1, layout.num_places) if valid is None else valid & ~absent
+    used = None if valid is None or bool(valid.all()) else valid.flatten(1)
+    return AllTokens(layout.pick(layout.split(pixels), ids), ids, used, layout, there)
 
 
 def token_size(context: Context | None, step: Sequence[int]) -> Float[Tensor, "batch axis"] | None:

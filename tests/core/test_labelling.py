@@ -125,7 +125,7 @@ def test_a_crop_without_value_is_not_given_to_the_model() -> None:
     model, sizes = oracle(), []
     plain = model.forward
 
-    def forward(pixels: torch.Tensor, has_value: torch.Tensor, context: object = None) -> torch.Tensor:
+    def forward(pixels: torch.Tensor, has_value: torch.Tensor, context: object = None, present: object = None) -> torch.Tensor:
         sizes.append(len(pixels))
         assert has_value.flatten(1).any(dim=1).all()
         return plain(pixels, has_value)

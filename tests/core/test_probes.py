@@ -38,7 +38,7 @@ from mae_core.probes import (
 )
 from mae_core.segmentation import IGNORE, Segmentation, confusion
 from mae_core.store import TileStore
-from mae_core.vit import Encoder, EncoderSettings
+from mae_core.vit import Encoder, EncoderSettings, all_tokens
 from tests.synthetic_batches import CHANNELS, generator, grids, names, one_thread, store_of, with_index
 
 __all__ = ["one_thread"]
@@ -348,9 +348,8 @@ def test_a_tiles_features_are_of_what_holds_a_value() -> None:
     pixels[:, :, :, 8:] = 0
     ids = torch.tensor([[0, 1, 3, 4]])
     seen = encoder(patchify(pixels, (4, 4))[:, ids[0]], ids, (2, 3))
-    torch.testing.assert_close(
-        encoded(encoder, pixels, has_value, None, "tile", "mean")[:, 0], seen[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5
-    )
+    every = all_tokens(encoder.layout((8, 12)), pixels, has_value)
+    torch.testing.assert_close(encoded(encoder, every, None, "tile", "mean")[:, 0], seen[:, 1:].mean(dim=1), rtol=1e-4, atol=1e-5)
     known = pixels[:, :, :, :8].flatten(2)
     wanted = torch.cat([known.mean(dim=2), known.std(dim=2, correction=0)], dim=1)
     torch.testing.assert_close(unencoded(pixels, has_value, (4, 4), "tile")[:, 0], wanted)

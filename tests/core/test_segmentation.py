@@ -172,7 +172,7 @@ def test_a_wrapped_model_has_no_layers(prefix: str) -> None:
 class Oracle(Segmenter):
     """Knows that the label is 1 where the first channel is positive."""
 
-    def forward(self, pixels: Tensor, has_value: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, has_value: Tensor, context: Context | None = None, present: Tensor | None = None) -> Tensor:
         return torch.stack([-pixels[:, 0], pixels[:, 0]], dim=1) * 1e4
 
 
