@@ -29,7 +29,7 @@ from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
 from mae_core.settings import Settings, to_plain
-from mae_core.store import TileStore
+from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
 from mae_core.vit import Block, Encoder
@@ -173,9 +173,16 @@ def _compare(job: Job) -> dict[str, Any]:
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
         facts = _register(job, arms[0], tracker)
     summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores, "confusion": confused}
+    summary["side"] = judged_side(job.store)
     bands = store_matching(job.about, job.store, settings.bands).table()
-    groups = {side: len(set(job.store.index.group[rows].tolist())) for side, rows in (("train", job.rows), ("val", job.task.held_out))}
+    side = judged_side(job.store)
+    groups = {name: len(set(job.store.index.group[rows].tolist())) for name, rows in (("train", job.rows), (side, job.store.rows(side)))}
     return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, "bands": bands, **facts})
+
+
+def judged_side(store: TileStore) -> Split:
+    """The tiles that the last figures are from: named regions (`prepare.split.regions`) where there are any, else what is held out."""
+    return "test" if len(store.rows("test")) else "val"
 
 
 def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> tuple[dict[str, float], list[list[int]]]:
@@ -214,7 +221,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> tuple[d
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
         with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
             train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
-        scores, confused = score(replace(task, held_out=job.store.rows("val")), model.eval(), settings.overlap)
+        scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
             save_segmenter(job, model, folder / "model", arm, child.run_id)
@@ -304,10 +311,13 @@ def tell(result: dict[str, Any]) -> None:
                 key = f"{kind}/{name}" if name else f"mean_{kind}"
                 cells.append(mean_and_deviation([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
         rows.append(cells)
-    table(f"held-out groups, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
+    where = "named regions" if figures.get("side") == "test" else "held-out groups"
+    table(f"{where}, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
     if figures.get("confusion"):
         tell_confusion(figures)
-    console.print("Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of groups that no arm was trained on.")
+    console.print(
+        f"Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of {where}, on which no arm was trained."
+    )
     if len(arms) == 2:
         gains = [scores[f"pretrained-seed{seed}"]["mean_dice"] - scores[f"scratch-seed{seed}"]["mean_dice"] for seed in seeds]
         console.print(

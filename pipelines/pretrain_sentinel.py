@@ -17,7 +17,13 @@ from pipelines.preparation import PrepareSettings
 from pipelines.prepare import usual_tile
 
 DESCRIPTION = "a folder of satellite products becomes a pretrained, registered encoder; a second call resumes, and prepares nothing twice"
-DEFAULTS = {"reader.kind": "satellite", "augment.quarter_turns": True}
+DEFAULTS = {
+    "reader.kind": "satellite",
+    "augment.quarter_turns": True,
+    # neighbouring products overlap by their edges: held out whole, they would be one group or keep each other from either side
+    "prepare.split.unit": "ground",
+    "prepare.split.buffer_m": 500,
+}
 
 
 class PretrainSentinelSettings(ArchiveRecipe):
