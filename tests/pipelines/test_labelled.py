@@ -121,6 +121,15 @@ def test_a_segmenter_from_polygons_knows_the_names_and_colours_of_its_classes(
     assert about.colours == ((255, 204, 0), (0, 0, 255), (0, 102, 0))
 
 
+def test_named_regions_are_what_a_segmenter_is_judged_on(world: tuple[Path, str]) -> None:
+    folder, _ = world
+    split = {"val_fraction": 0.3, "regions": {"last": ("place3",)}}
+    named = store_of(folder, folder / "labels", prepare={"tile": (16, 16), "num_workers": 0, "split": split})
+    assert finetune_segmentation.judged_side(named) == "test"
+    assert set(named.index.scene[named.rows("test")]) == {"place3"}
+    assert finetune_segmentation.judged_side(store_of(folder, folder / "labels")) == "val"
+
+
 @pytest.mark.parametrize(
     ("labels", "words", "message"),
     [
