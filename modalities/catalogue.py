@@ -14,11 +14,13 @@ from pydantic import Field
 from modalities.landsat import LandsatSettings
 from modalities.nifti import MriSettings, scan_volumes
 from modalities.raster import RasterSettings
+from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
 from modalities.scene import Rejected, Scene, SceneError
 from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
+from modalities.stac import files_of
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
@@ -36,7 +38,7 @@ class Catalogue:
         root: The folder (or the single file) that was scanned.
         scenes: Usable scenes, sorted by name.
         rejected: Files of the right kind that cannot be used, each with its reason.
-        ignored: Files of another kind, or excluded by the settings; relative paths.
+        ignored: Files of another kind, excluded by the settings, or of channels that are not asked for; relative paths.
         num_files: All files found; equal to used + rejected + ignored.
         readers: What read each scene, by its name: `sentinel2`, `elevation`, …
         notes: Lines on what the numbers in the scenes are taken for, and how that is known.
@@ -59,14 +61,16 @@ class Catalogue:
 def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
     """Catalogue of a folder (searched to its depth) or of a single file.
 
+    A product's metadata file stands for the product, and a STAC item for itself and the files that it leads to.
+
     Raises:
         SceneError: `root` does not exist, or holds no usable file; the message counts the reasons.
     """
     if not root.exists():
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
-    found = every_file(root)
     folder = root if root.is_dir() else root.parent
+    found = every_file(root) if isinstance(settings, MriSettings) else _with_described(root, folder)
     kept: list[Path] = []
     ignored: list[Path] = []
     for file in found:
@@ -86,17 +90,31 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         ignored += images.ignored
         scenes, rejected, readers = images.scenes, images.rejected, images.readers
         notes = images.notes
+    unwanted = [item for item in rejected if item.unwanted]
     catalogue = Catalogue(
         root,
         tuple(sorted(scenes, key=lambda scene: scene.name)),
-        tuple(sorted(rejected, key=lambda item: item.file)),
-        tuple(sorted(file.relative_to(folder).as_posix() for file in ignored)),
+        tuple(sorted((item for item in rejected if not item.unwanted), key=lambda item: item.file)),
+        tuple(sorted([*(file.relative_to(folder).as_posix() for file in ignored), *(item.file for item in unwanted)])),
         len(found),
         readers,
-        notes,
+        (*notes, *_not_asked_for(unwanted)),
     )
     _check(catalogue, settings.kind)
     return catalogue
+
+
+def _with_described(root: Path, folder: Path) -> list[Path]:
+    if METADATA.fullmatch(root.name):
+        return every_file(folder)
+    if root.suffix.lower() == ".json" and root.is_file():
+        return sorted({root, *files_of(root, frozenset(every_file(folder)))})
+    return every_file(root)
+
+
+def _not_asked_for(unwanted: Sequence[Rejected]) -> list[str]:
+    counts = Counter(item.reason for item in unwanted)
+    return [f"ignored {count} files: {reason}" for reason, count in sorted(counts.items())]
 
 
 def every_file(root: Path) -> list[Path]:
@@ -115,7 +133,8 @@ def _check(catalogue: Catalogue, kind: str) -> None:
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}
         lines = "".join(f"\n  {first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}" for reason, count in counts[:10])
         more = f"\n  … and {len(counts) - 10} more reasons" if len(counts) > 10 else ""
+        notes = "".join(f"\n  {note}" for note in catalogue.notes)
         raise SceneError(
-            f"{catalogue.root} holds nothing usable as {kind}: {catalogue.num_files} files found, "
-            f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded.{lines}{more}"
+            f"{catalogue.root} holds nothing usable as {kind}: {catalogue.num_files} files found, {len(catalogue.rejected)} rejected, "
+            f"{len(catalogue.ignored)} of another kind, excluded or not asked for.{lines}{more}{notes}"
         )

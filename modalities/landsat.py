@@ -215,7 +215,8 @@ def scan_landsat(files: Iterable[Path], folder: Path, settings: LandsatSettings)
             scenes.append(reader.scene(read_metadata(place, product.identifier)))
         except SceneError as error:
             reader.reject(layers.values(), str(error))
-        rejected += [Rejected(path.relative_to(folder).as_posix(), reason) for path, reason in reader.rejected.items()]
+        for path, reason in reader.rejected.items():
+            rejected.append(Rejected(path.relative_to(folder).as_posix(), reason, path in reader.unwanted))
     return name_uniquely(scenes, folder), rejected
 
 
@@ -225,6 +226,7 @@ class _Reader:
     def __init__(self, product: _Product, layers: Mapping[str, Path], folder: Path, settings: LandsatSettings) -> None:
         self.product, self.layers, self.folder, self.settings = product, layers, folder, settings
         self.rejected: dict[Path, str] = {}
+        self.unwanted: set[Path] = set()
 
     def reject(self, paths: Iterable[Path], reason: str) -> None:
         for path in paths:
@@ -266,6 +268,7 @@ class _Reader:
         if name is None or known is None:
             raise SceneError(f"{layer} is a layer of its product that no channel is made of")
         if name not in self.settings.channels if self.settings.channels else not known.usual:
+            self.unwanted.add(path)
             raise SceneError(f"band {name} is not among the wanted channels")
         file = inspect(path, path.name)
         if file.count != 1:

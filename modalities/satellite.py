@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -119,7 +119,7 @@ def scan_images(
                 raise SceneError(str(error).replace("reader.", f"{key}.")) from error
             notes += [line.replace("reader.", f"{key}.") for line in lines]
             scenes += [(scene, label) for scene in some]
-            rejected += [Rejected(item.file, item.reason.replace("reader.", f"{key}.")) for item in reasons]
+            rejected += [replace(item, reason=item.reason.replace("reader.", f"{key}.")) for item in reasons]
             ignored += rest
     else:
         some, rejected, ignored, notes = _by_one(files, folder, settings)

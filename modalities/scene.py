@@ -54,10 +54,14 @@ class Channel:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that was found and cannot be used, with the reason. `file` is relative to the scanned folder."""
+    """A file that was found and cannot be used, with the reason. `file` is relative to the scanned folder.
+
+    `unwanted`: It could be, but its channel was not asked for, while others of its scene are; a catalogue ignores it.
+    """
 
     file: str
     reason: str
+    unwanted: bool = False
 
 
 class LabelMap(Protocol):

@@ -222,7 +222,8 @@ class _Scan:
         split = polarisation(stem)
         if split and file.count == 1:
             if split[0] not in self.settings.channels:
-                raise SceneError(f"polarisation {split[0]} is not among the wanted channels")
+                self.rejected.append(Rejected(file.relative, f"polarisation {split[0]} is not among the wanted channels", unwanted=True))
+                return
             self.joined[Path(file.relative).parent.as_posix(), split[1]] += self._bands(file, (split[0],))
             return
         names = _names(file, self.settings.bands)

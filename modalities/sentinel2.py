@@ -291,7 +291,8 @@ def _refuse_mixture(cases: Sequence[_Case], settings: Sentinel2Settings) -> None
         if shared & set(settings.channels):
             problems.append(
                 f"level L1C (top of atmosphere) in {_listed(levels['L1C'])} and L2A (surface) in {_listed(levels['L2A'])}, whose bands are "
-                "different quantities; choose with reader.levels=[L2A], or take both with reader.levels=[L1C,L2A]"
+                "different quantities; choose with reader.levels=[L2A], or read both with reader.levels=[L1C,L2A], which a store "
+                "takes with prepare.mix_levels=true only"
             )
     if problems:
         raise SceneError(
@@ -345,22 +346,19 @@ def _settle(case: _Case, settings: Sentinel2Settings, told: set[Answer]) -> _Cas
 
 
 def _scene(case: _Case, settings: Sentinel2Settings, found: Gathering) -> RasterScene | None:
-    """The scene of the wanted bands; None where there is none, which is then accounted for.
+    """The scene of the wanted bands; None where there are too few, which are then accounted for.
 
     Raises:
-        SceneError: It has too few of them.
+        SceneError: It has none of them.
     """
     image = case.image
     bands = {band.channel.name: band for band in image.bands}
     wanted = [_scaled(bands[name], case) for name in settings.channels if name in bands]
-    if not wanted and image.kind == "stack":
-        raise SceneError(f"none of its bands ({', '.join(bands)}) is among the wanted channels")
-    if image.kind != "product" or not wanted:
-        for band in image.bands:
-            if band.channel.name not in settings.channels and band.path not in {chosen.path for chosen in wanted}:
-                found.reject(band.path, f"band {band.channel.name} is not among the wanted channels")
     if not wanted:
-        return None
+        raise SceneError(f"none of its bands ({', '.join(bands)}) is among the wanted channels")
+    for band in image.bands:
+        if band.channel.name not in settings.channels and band.path not in {chosen.path for chosen in wanted}:
+            found.reject(band.path, f"band {band.channel.name} is not among the wanted channels", unwanted=True)
     scene, left = assemble(image.name, wanted, settings.resampling)
     for band, reason in left:
         found.reject(band.path, reason)
@@ -387,14 +385,15 @@ def _reject(image: Image, reason: str, found: Gathering) -> None:
 
 
 def _per_file(rejected: Sequence[Rejected], taken: set[Path], folder: Path) -> list[Rejected]:
-    """One reason per file on disk that no scene is read from; the first of a zip's members stands for it."""
-    reasons: dict[Path, str] = {}
-    for item in rejected:
+    """One reason per file on disk that no scene is read from; the first of a zip's members that cannot be used stands for it."""
+    kept: dict[Path, Rejected] = {}
+    for item in sorted(rejected, key=lambda item: item.unwanted):
         path = folder / item.file
         file = archive.on_disk(path)
         if file not in taken:
-            reasons.setdefault(file, item.reason if file == path else f"{path.name}: {item.reason}")
-    return [Rejected(file.relative_to(folder).as_posix(), reason) for file, reason in reasons.items()]
+            reason = item.reason if file == path else f"{path.name}: {item.reason}"
+            kept.setdefault(file, replace(item, file=file.relative_to(folder).as_posix(), reason=reason))
+    return list(kept.values())
 
 
 def _notes(cases: Sequence[_Case]) -> list[str]:

@@ -64,9 +64,9 @@ class Gathering:
         """The path as it is told."""
         return path.relative_to(self.folder).as_posix()
 
-    def reject(self, path: Path, reason: str) -> None:
-        """A file, or a member of a zip, cannot be used."""
-        self.rejected.append(Rejected(self.relative(path), reason))
+    def reject(self, path: Path, reason: str, *, unwanted: bool = False) -> None:
+        """A file, or a member of a zip, cannot be used, or is not `unwanted`."""
+        self.rejected.append(Rejected(self.relative(path), reason, unwanted))
 
 
 def gather(files: Iterable[Path], folder: Path, order: Callable[[str], tuple[str, ...] | None]) -> Gathering:

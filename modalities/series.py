@@ -178,7 +178,7 @@ def scan_series(files: Sequence[Path], folder: Path, settings: SeriesSettings) -
     """
     found = scan_images(files, folder, settings.of)
     alike: defaultdict[tuple[Alike, Grid], list[Placed]] = defaultdict(list)
-    rejected: list[Rejected] = [Rejected(item.file, item.reason.replace("reader.", "reader.of.")) for item in found.rejected]
+    rejected: list[Rejected] = [replace(item, reason=item.reason.replace("reader.", "reader.of.")) for item in found.rejected]
 
     def refuse(image: Placed, reason: str) -> None:
         rejected.extend(Rejected(file.relative_to(folder).as_posix(), reason) for file in image.files)

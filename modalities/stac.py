@@ -109,6 +109,15 @@ def read_item(content: Any, path: Path, folder: Path, files: frozenset[Path]) ->
     return Item(path, found.bands, statement, found.scene_classes)
 
 
+def files_of(path: Path, files: frozenset[Path]) -> list[Path]:
+    """Those of some files beside or below an item that it says are its bands and classes; none where it is not one that can be read."""
+    try:
+        item = read_item(read_json(path), path, path.parent, files)
+    except SceneError:
+        return []
+    return [file for file in (*item.bands, item.scene_classes) if file] if item else []
+
+
 @dataclass
 class _Assets:
     bands: dict[Path, str] = field(default_factory=dict)

@@ -118,7 +118,7 @@ def tell_catalogue(catalogue: Catalogue) -> None:
     """Print how many files are used, and the reasons of those that are not."""
     console.print(
         f"[bold]{catalogue.num_files} files found[/]: {catalogue.num_used} used in {len(catalogue.scenes)} scenes, "
-        f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind or excluded"
+        f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind, excluded or not asked for"
     )
     if catalogue.readers:
         tell_account(catalogue)

@@ -54,18 +54,18 @@ def offsets_of(level: str) -> dict[int, int]:
     return dict.fromkeys((number for number in range(13) if level == "L1C" or number != 10), -1000)
 
 
-def write_jp2(path: Path, pixels: NDArray[np.generic], resolution: float) -> Path:
-    """A lossless JPEG 2000 of `(band, row, column)` at the origin of `north_up`."""
+def write_jp2(path: Path, pixels: NDArray[np.generic], resolution: float, east_m: float = 0.0) -> Path:
+    """A lossless JPEG 2000 of `(band, row, column)` so far east of the origin of `north_up`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = {"count": pixels.shape[0], "height": pixels.shape[1], "width": pixels.shape[2], "dtype": pixels.dtype.name}
     options = {"QUALITY": "100", "REVERSIBLE": "YES", "YCBCR420": "NO", "USE_SRC_CODESTREAM": "NO"}
-    place = {"crs": UTM, "transform": north_up(resolution)}
+    place = {"crs": UTM, "transform": north_up(resolution, 500_000 + east_m)}
     with rasterio.Env(GDAL_PAM_ENABLED="NO"), rasterio.open(path, "w", driver="JP2OpenJPEG", **shape, **place, **options) as target:
         target.write(pixels)
     return path
 
 
-def write_safe(folder: Path, level: str, *, added: int = 0, xml: str | None = None, name: str | None = None) -> Path:
+def write_safe(folder: Path, level: str, *, added: int = 0, xml: str | None = None, name: str | None = None, east_m: float = 0.0) -> Path:
     """A `.SAFE` folder whose numbers are reflectance · 10000 + `added`, with the images that nobody trains on beside the bands.
 
     L2A has coarser copies of its bands, a scene classification (cloud in the first 20 m row, else vegetation), a picture and a mask.
@@ -82,18 +82,18 @@ def write_safe(folder: Path, level: str, *, added: int = 0, xml: str | None = No
             continue
         numbers = (np.rint(reflectance(band, level) * 1e4) + added).astype(np.uint16)
         if level == "L1C":
-            write_jp2(images / f"T33XWJ_{time}_{band}.jp2", numbers[None], step)
+            write_jp2(images / f"T33XWJ_{time}_{band}.jp2", numbers[None], step, east_m)
             continue
-        write_jp2(images / f"R{step}m" / f"T33XWJ_{time}_{band}_{step}m.jp2", numbers[None], step)
+        write_jp2(images / f"R{step}m" / f"T33XWJ_{time}_{band}_{step}m.jp2", numbers[None], step, east_m)
         if step == 10:
-            write_jp2(images / "R20m" / f"T33XWJ_{time}_{band}_20m.jp2", numbers[None, ::2, ::2], 20)
+            write_jp2(images / "R20m" / f"T33XWJ_{time}_{band}_20m.jp2", numbers[None, ::2, ::2], 20, east_m)
     if level == "L2A":
         classes = np.full((1, SIZE // 2, SIZE // 2), 4, np.uint8)
         classes[0, 0] = 9
-        write_jp2(images / "R20m" / f"T33XWJ_{time}_SCL_20m.jp2", classes, 20)
-        write_jp2(images / "R60m" / f"T33XWJ_{time}_SCL_60m.jp2", classes[:, :32, :32], 60)
-        write_jp2(images / "R10m" / f"T33XWJ_{time}_TCI_10m.jp2", np.full((3, SIZE, SIZE), 7, np.uint8), 10)
-        write_jp2(images.parent / "QI_DATA" / "MSK_CLDPRB_20m.jp2", classes, 20)
+        write_jp2(images / "R20m" / f"T33XWJ_{time}_SCL_20m.jp2", classes, 20, east_m)
+        write_jp2(images / "R60m" / f"T33XWJ_{time}_SCL_60m.jp2", classes[:, :32, :32], 60, east_m)
+        write_jp2(images / "R10m" / f"T33XWJ_{time}_TCI_10m.jp2", np.full((3, SIZE, SIZE), 7, np.uint8), 10, east_m)
+        write_jp2(images.parent / "QI_DATA" / "MSK_CLDPRB_20m.jp2", classes, 20, east_m)
     return product
 
 

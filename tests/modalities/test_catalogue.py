@@ -97,7 +97,7 @@ def test_nothing_there_or_nothing_usable_is_an_error_that_counts_the_reasons(tmp
     for number in range(12):
         save_volume(tmp_path / f"{number:02}.nii", np.zeros(SPACE, np.uint8))
     (tmp_path / "note.txt").write_text("text")
-    counts = r"holds nothing usable as mri: 13 files found, 12 rejected, 1 of another kind or excluded\."
+    counts = r"holds nothing usable as mri: 13 files found, 12 rejected, 1 of another kind, excluded or not asked for\."
     wanted = counts + r"\n  00\.nii and 11 more: all voxels are zero$"
     with pytest.raises(SceneError, match=wanted):
         scan(tmp_path, NATIVE)

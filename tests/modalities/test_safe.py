@@ -67,6 +67,16 @@ def test_a_zip_gives_the_pixels_of_the_folder_and_stands_for_itself(tmp_path: Pa
     assert len(found_in(packed).scenes) == 1
 
 
+@pytest.mark.parametrize("level", ["L1C", "L2A"])
+def test_a_product_is_known_by_its_folder_and_by_its_metadata_file(tmp_path: Path, level: str) -> None:
+    product = write_safe(tmp_path, level)
+    write_safe(tmp_path / "other", level)
+    by_folder, by_file = found_in(product), found_in(product / f"MTD_MSI{level}.xml")
+    assert by_folder.scenes == by_file.scenes
+    assert [scene.name for scene in by_file.scenes] == [product.stem]
+    assert by_file.num_files == by_folder.num_files
+
+
 def test_scene_classes_become_quality_and_can_be_chosen(tmp_path: Path) -> None:
     write_safe(tmp_path, "L2A")
     (scene,) = found_in(tmp_path, scene_classes={"dilation_m": 0}).scenes

@@ -15,7 +15,7 @@ from modalities.quality import Quality
 from modalities.raster import RasterScene
 from modalities.scene import SceneError
 from modalities.sentinel2 import Sentinel2Settings
-from modalities.sentinel2_bands import BANDS, ORDERS
+from modalities.sentinel2_bands import BANDS, ORDERS, split_band
 from tests.synthetic_rasters import check_scene
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "satellite"
@@ -55,7 +55,10 @@ def test_real_products_of_one_file_a_band(
     found = real(name, **chosen)
     assert sorted(channel.level for scene in found.scenes for channel in scene.channels[:1]) == levels.split()
     assert {len(scene.times) for scene in found.scenes} == {1}
-    assert reasons(found) == {f"band {key} is not among the wanted channels" if key in BANDS else key: n for key, n in rejected.items()}
+    assert reasons(found) == {key: n for key, n in rejected.items() if key not in BANDS}
+    not_asked_for = {f"ignored {n} files: band {key} is not among the wanted channels" for key, n in rejected.items() if key in BANDS}
+    assert {note for note in found.notes if "wanted" in note} == not_asked_for
+    assert sum(n for key, n in rejected.items() if key in BANDS) == sum(split_band(Path(file).stem) is not None for file in found.ignored)
     assert len({scene.group for scene in found.scenes}) == 1
     for scene in found.scenes:
         assert (scene.grid.space, [channel.name for channel in scene.channels]) == (space, list(TEN.channels))

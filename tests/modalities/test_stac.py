@@ -200,3 +200,15 @@ def test_earth_engines_properties_tell_level_and_time_but_nothing_of_the_offset(
     (scene,) = found_in(tmp_path, offset=-0.1).scenes
     assert (scene.times, scene.channels[0].level) == (("2022-06-04T05:46:39Z",), "L2A")
     assert any(file.name == "metadata.json" for file in scene.files)
+
+
+def test_an_item_by_itself_is_scanned_with_its_own_files_and_no_others(tmp_path: Path) -> None:
+    write_bands(tmp_path / "a" / "bands")
+    write_bands(tmp_path / "a" / "others")
+    path = write_item(tmp_path / "a" / "item.json", item("./bands/{}.tif", {"scale": 1e-4, "offset": 0}))
+    found = found_in(path)
+    assert (found.num_files, found.num_used, found.ignored) == (len(COMMON) + 1, len(COMMON) + 1, ())
+    assert [scene.name for scene in found.scenes] == ["item"]
+    path.write_text(json.dumps(item("../bands/{}.tif")))
+    with pytest.raises(SceneError, match=r"1 files found, 1 rejected[^$]*lies outside the scanned folder"):
+        found_in(path)
