@@ -1,4 +1,6 @@
-"""Weights in and out: a published masked autoencoder becomes a model folder of ours, an encoder of ours a file for MONAI."""
+"""Weights in and out: a published masked autoencoder becomes a model folder of ours, an encoder of ours a file for MONAI or one of
+ours with other bands.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ from mae_core.vit import Encoder
 from mae_core.weights import Transfer, WeightsError, read_tensors, weights_file, write_tensors
 from modalities.quality import NO_VALUE
 from pipelines.command_line import run
+from pipelines.convert_bands import NewBandSettings, rebanded
 from pipelines.prepare import TILES
 from pipelines.progress import console, table
 from pipelines.run_folder import RESULT, RunError, begin, finish, model_folder, model_problems, reader_of
 
-DESCRIPTION = "a published masked autoencoder becomes a model folder of ours; an encoder of ours a file of weights for MONAI"
+DESCRIPTION = (
+    "a published masked autoencoder becomes a model folder of ours; an encoder of ours one with other bands, or a file of weights for MONAI"
+)
 EXPECTED = (WeightsError, ModelError, RunError, TrackingError)
 MAY_DIFFER = ("source", "out", "tracking")
 NEEDED = ("channels", "mean", "std", "modality")
@@ -37,11 +42,18 @@ NEEDED = ("channels", "mean", "std", "modality")
 class ConvertSettings(Settings):
     """Settings of `convert`."""
 
-    source: str = Field(description="File or folder of published weights; for MONAI a run of a pretraining or models:/NAME@ALIAS")
+    source: str = Field(
+        description="File or folder of published weights; for MONAI and other bands a run of a pretraining or models:/NAME@ALIAS"
+    )
     out: Path = Field(description="Folder that becomes a run with a model; for MONAI a file that ends in .safetensors")
-    to: Literal["terravox", "monai_vit", "monai_unetr"] = Field("terravox", description="Whose weights are written")
+    to: Literal["terravox", "bands", "monai_vit", "monai_unetr"] = Field(
+        "terravox", description="Whose weights are written; bands: an encoder of ours again, with the bands that channels names"
+    )
     modality: Literal["sentinel2", "raster", "mri"] | None = Field(None, description="Adapter that will read data for a published model")
-    channels: tuple[str, ...] = Field((), description="Names of the published model's input channels, in its order")
+    channels: tuple[str, ...] = Field(
+        (), description="Names of the published model's input channels, in its order; with to=bands those that the encoder is to have"
+    )
+    new: NewBandSettings = NewBandSettings()
     mean: tuple[float, ...] = Field((), description="What was taken off each channel in its pretraining, in the units of the reader")
     std: tuple[float, ...] = Field((), description="What each channel was then divided by, in the same units")
     reader: dict[str, Any] = Field({}, description="Settings of the adapter, such as scale and offset, that give values in these units")
@@ -56,6 +68,18 @@ class ConvertSettings(Settings):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels={list(self.channels)} names one twice")
+        if self.to != "bands" and self.new != NewBandSettings():
+            raise ValueError(f"new says what bands begin with that an encoder of ours does not have; to={self.to} has none, leave it out")
+        if self.to == "bands":
+            given = [name for name in (*NEEDED[1:], "heads", "grid", "crop", "spacing", "allow") if getattr(self, name)]
+            if given or not self.channels:
+                raise ValueError(
+                    "to=bands takes an encoder of ours and the names of its new bands; "
+                    + (f"leave out {', '.join(given)}" if given else "give channels")
+                )
+            return self
         if self.to != "terravox":
             given = [name for name in (*NEEDED, "reader", "heads", "grid", "allow") if getattr(self, name)]
             if given:
@@ -67,20 +91,22 @@ class ConvertSettings(Settings):
         if missing:
             raise ValueError(f"published weights do not say what they are fed; give {', '.join(missing)}")
         counts = [len(values) for values in (self.channels, self.mean, self.std)]
-        if len(set(counts)) > 1 or len(set(self.channels)) < len(self.channels) or min(self.std) <= 0:
+        if len(set(counts)) > 1 or min(self.std) <= 0:
             raise ValueError(
-                f"channels, mean and std have {counts[0]}, {counts[1]} and {counts[2]} values; "
-                "give one of each per channel, names that differ and std above 0"
+                f"channels, mean and std have {counts[0]}, {counts[1]} and {counts[2]} values; give one of each per channel, std above 0"
             )
         return self
 
 
 def work(settings: ConvertSettings) -> int:
     """Do it."""
-    if settings.to == "terravox":
-        convert_in(settings)
-    else:
-        convert_out(settings)
+    match settings.to:
+        case "terravox":
+            convert_in(settings)
+        case "bands":
+            convert_bands(settings)
+        case _:
+            convert_out(settings)
     return 0
 
 
@@ -167,6 +193,34 @@ def stated_heads(file: Path) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
+def convert_bands(settings: ConvertSettings) -> dict[str, Any]:
+    """An encoder of ours as one with other bands, in a run folder; the result.
+
+    Raises:
+        RunError, WeightsError: A band or the adapter does not fit.
+    """
+    folder, _ = model_folder(settings.source, settings.tracking, settings.out)
+    encoder, about = load_encoder(folder)
+    found = rebanded(encoder, about, settings.channels, settings.new, settings.reader)
+    source = sha256(folder / WEIGHTS)
+    config = to_plain(settings) | {"source_weights": source}
+    done = begin(settings.out, "convert", config, MAY_DIFFER)
+    if done is not None:
+        console.print(f"run {settings.out} is finished; its result is told again")
+    else:
+        lineage = about.lineage | {"source_weights": source, "source_channels": ",".join(about.channels)}
+        weights = save_model(settings.out / "model", found.encoder, found.about.model_copy(update={"lineage": lineage}))
+        facts = {"digests": {"source": source, "weights": weights}, "bands": found.rows(), **account(found.transfer)}
+        done = finish(settings.out, "convert", config, facts)
+    tell(found.transfer, settings.source)
+    table("bands", ["band", "mean and std of", "mean", "std", "unit"], found.rows())
+    console.print(
+        f"[bold]{len(about.channels)} → {len(found.about.channels)} bands[/], {len(found.matching.pairs)} with their own weights: "
+        f"{settings.out}"
+    )
+    return done
+
+
 def convert_out(settings: ConvertSettings) -> dict[str, Any]:
     """An encoder of ours as a file for MONAI, and what MONAI's network has to be built with; the result.
 
@@ -218,13 +272,17 @@ def tell(transfer: Transfer, source: str) -> None:
 
 def check(settings: ConvertSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    if settings.to != "terravox":
-        return model_problems(settings.source, settings.tracking, settings.out, load_encoder)
     try:
-        read_published(settings)
+        if settings.to == "terravox":
+            read_published(settings)
+            return []
+        problems = model_problems(settings.source, settings.tracking, settings.out, load_encoder)
+        if settings.to == "bands" and not problems:
+            encoder, about = load_encoder(model_folder(settings.source, settings.tracking, settings.out)[0])
+            rebanded(encoder, about, settings.channels, settings.new, settings.reader)
     except (WeightsError, RunError) as error:
         return [str(error)]
-    return []
+    return problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
