@@ -172,7 +172,13 @@ def _compare(job: Job) -> dict[str, Any]:
             own = [scores[f"{arm}-seed{seed}"] for seed in settings.seeds]
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
         facts = _register(job, arms[0], tracker)
-    summary = {"arms": arms, "seeds": list(settings.seeds), "classes": list(job.task.names), "held_out": scores, "confusion": confused}
+    summary: dict[str, Any] = {
+        "arms": arms,
+        "seeds": list(settings.seeds),
+        "classes": list(job.task.names),
+        "held_out": scores,
+        "confusion": confused,
+    }
     summary["side"] = judged_side(job.store)
     bands = store_matching(job.about, job.store, settings.bands).table()
     side = judged_side(job.store)
