@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from modalities.nifti import MriSettings, scan_volumes
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
-from modalities.scene import Rejected, Scene, SceneError
+from modalities.scene import Rejected, Scene, SceneError, matches
 from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
@@ -74,9 +73,7 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
     kept: list[Path] = []
     ignored: list[Path] = []
     for file in found:
-        relative = file.relative_to(folder).as_posix()
-        excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
-        (ignored if excluded else kept).append(file)
+        (ignored if matches(file.relative_to(folder).as_posix(), *settings.exclude) else kept).append(file)
     scenes: Sequence[Scene]
     rejected: Sequence[Rejected]
     if isinstance(settings, MriSettings):

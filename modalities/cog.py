@@ -132,8 +132,8 @@ class RasterWriter:
     """Writes a raster in strips of columns, each from the top down, and makes a COG of it at the end.
 
     Rows are kept until they fill whole tiles. What has been written lies in a hidden folder beside the file, with a note how
-    far it is, so that a writer of the same `key` goes on there; one of another key begins anew. `path` itself is replaced at the
-    very end, whole.
+    far it is, so that a writer of the same `key` goes on there; one of another key, or of an empty one, begins anew. `path` itself
+    is replaced at the very end, whole.
 
     Attributes:
         position: First column of the strip that is being written and the first row of it that is not on disk yet.
@@ -157,7 +157,7 @@ class RasterWriter:
             except BlockingIOError as error:
                 self._lock.close()
                 raise SceneError(f"{path} is being written by another process; wait for it, or choose another place") from error
-            self.position = self._found() or self._begun()
+            self.position = (self._found() if key else None) or self._begun()
 
     def write(self, window: Window, values: NDArray[Any]) -> None:
         """Take in the next rows of a strip, `(band, row, column)`.
@@ -280,8 +280,6 @@ def write_raster(path: Path, layout: Layout, values: NDArray[Any]) -> None:
     """
     writer = RasterWriter(path, layout, "")
     try:
-        if writer.position != (0, 0):
-            writer.go_to(0, 0)
         writer.write((slice(0, layout.space[0]), slice(0, layout.space[1])), values)
         writer.finish()
     finally:

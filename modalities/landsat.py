@@ -15,12 +15,12 @@ from pydantic import Field, field_validator
 
 from modalities.class_band import Bits, ClassBand, Widening, class_band
 from modalities.landsat_metadata import LandsatMetadata, read_metadata
+from modalities.place import name_apart
 from modalities.quality import Quality
-from modalities.raster import RasterScene, assemble, name_uniquely, with_classes
-from modalities.raster_bands import utc
+from modalities.raster import RasterScene, assemble, with_classes
 from modalities.raster_file import BandFile, RasterFile, inspect
 from modalities.resample import Resampling
-from modalities.scene import AdapterSettings, Channel, Rejected, SceneError
+from modalities.scene import AdapterSettings, Channel, Rejected, SceneError, utc
 from modalities.sentinel2_bands import BANDS as SENTINEL2
 
 
@@ -217,7 +217,7 @@ def scan_landsat(files: Iterable[Path], folder: Path, settings: LandsatSettings)
             reader.reject(layers.values(), str(error))
         for path, reason in reader.rejected.items():
             rejected.append(Rejected(path.relative_to(folder).as_posix(), reason, path in reader.unwanted))
-    return name_uniquely(scenes, folder), rejected
+    return name_apart(scenes, folder), rejected
 
 
 class _Reader:

@@ -13,8 +13,7 @@ from xml.etree.ElementTree import ParseError
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from modalities.raster_bands import utc
-from modalities.scene import SceneError
+from modalities.scene import SceneError, utc
 
 MAX_BYTES = 1 << 20
 """A metadata file has some 25 KB."""

@@ -88,14 +88,17 @@ def _footprint(grid: Grid) -> Box:
 
 
 def _on_globe(frame: str, box: Box) -> list[Box]:
-    """The box in longitude and latitude, once more 360° to the west where it crosses the date line; empty where it has none."""
+    """The box in longitude and latitude, beginning within -180 … 180, once more 360° to the west where it crosses the date line.
+
+    Empty where it has none.
+    """
     try:
         west, south, east, north = transform_bounds(frame, "EPSG:4326", *box)
     except BROKEN:
         return []
     if not np.isfinite([west, south, east, north]).all():
         return []
-    turn = 360.0 if west >= 180 else 0.0
+    turn = 360.0 * np.floor((west + 180) / 360)
     west, east = west - turn, east - turn + (360.0 if east < west else 0.0)
     return [(west, south, east, north)] + ([(west - 360, south, east - 360, north)] if east > 180 else [])
 

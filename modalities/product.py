@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Literal
+
+from modalities.scene import utc
 
 Level = Literal["L1C", "L2A"]
 
@@ -60,21 +62,11 @@ def from_names(relative: str) -> Statement:
     return Statement("its name", level, time, baseline)
 
 
-def iso_time(text: str) -> str:
-    """A time as `2020-02-23T03:27:39Z`, from any ISO 8601 form; one without a zone is UTC. Empty for what is no time."""
-    try:
-        time = datetime.fromisoformat(text.strip())
-    except ValueError:
-        return ""
-    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _time_in(part: str) -> str:
     for pattern, form in _TIMES:
         for text in pattern.findall(part):
             try:
-                return datetime.strptime(text, form).replace(tzinfo=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+                return utc(datetime.strptime(text, form))  # noqa: DTZ007
             except ValueError:
                 continue
     return ""

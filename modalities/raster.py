@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +17,12 @@ from modalities.class_band import ClassBand, MaskFile, plain_folder
 from modalities.cog import Layout, RasterBand, write_raster
 from modalities.grid import Grid, Window
 from modalities.label_raster import check_window, open_raster_labels
+from modalities.place import name_apart
 from modalities.quality import Quality
 from modalities.raster_bands import DescribedBand, TimeSource, check_names, choose
-from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, read_bands, same_frame
+from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain, read_bands, same_frame, usable
 from modalities.resample import Resampling, align, bilinear, footprint, is_placed, repeated
-from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
+from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError, matches
 
 
 class Radiometry(AdapterSettings):
@@ -67,11 +67,15 @@ class RasterSettings(AdapterSettings):
 def radiometry(
     file: RasterFile, position: int, chosen: tuple[Radiometry, ...], default: tuple[float, float] = (1.0, 0.0)
 ) -> tuple[float, float]:
-    """Scale and offset of the data band at `position`: the first match of `chosen`, else the file's tags, else `default`."""
+    """Scale and offset of the data band at `position`: the first match of `chosen`, else the file's tags, else `default`.
+
+    Raises:
+        SceneError: The tags count, and are no numbers to reckon with.
+    """
     for entry in chosen:
-        if fnmatch(file.relative, entry.match) or fnmatch(file.path.name, entry.match):
+        if matches(file.relative, entry.match):
             return entry.scale, entry.offset
-    own = (file.scales[position], file.offsets[position])
+    own = usable(file.scales[position], file.offsets[position])
     return default if own == (1.0, 0.0) else own
 
 
@@ -194,7 +198,7 @@ def scan_rasters(files: Iterable[Path], folder: Path, settings: RasterSettings) 
         except SceneError as error:
             rejected.append(Rejected(relative, str(error)))
     scenes, without = with_masks(scenes, masks, folder, settings.clouds)
-    return name_uniquely(scenes, folder), rejected + without
+    return name_apart(scenes, folder), rejected + without
 
 
 def _scene(file: RasterFile, settings: RasterSettings) -> RasterScene:
@@ -309,10 +313,3 @@ def _inspected(path: Path, folder: Path) -> RasterFile:
         return inspect(path, path.relative_to(folder).as_posix(), colour_table=True)
     except SceneError as error:
         raise SceneError(f"its mask {path.name} cannot be used: {error}") from error
-
-
-def name_uniquely(scenes: list[RasterScene], folder: Path) -> list[RasterScene]:
-    """The scenes, those of one name renamed after their first file with its ending."""
-    seen = Counter(scene.name for scene in scenes)
-    full = [scene.name if seen[scene.name] == 1 else scene.files[0].relative_to(folder).as_posix() for scene in scenes]
-    return [replace(scene, name=name, group=name) for scene, name in zip(scenes, full, strict=True)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime
 
 from pydantic import Field, model_validator
 
 from modalities.raster_file import RasterFile
-from modalities.scene import AdapterSettings, SceneError
+from modalities.scene import AdapterSettings, SceneError, utc
 
 TIFF_TIME = "TIFFTAG_DATETIME"
 """The one tag with a form of its own (TIFF 6.0); GDAL gives it this name."""
@@ -105,16 +105,9 @@ class TimeSource(AdapterSettings):
             raise ValueError(f"{where} is not in it")
         form = self.format or ("%Y:%m:%d %H:%M:%S" if self.tag == TIFF_TIME else None)
         try:
-            read = datetime.strptime(text, form) if form else datetime.fromisoformat(text)  # noqa: DTZ007
+            return utc(datetime.strptime(text, form) if form else datetime.fromisoformat(text))  # noqa: DTZ007
         except ValueError as error:
             raise ValueError(f"{where} gives {text!r}, which is no time of the form {form or 'of ISO 8601'}") from error
-        return utc(read)
-
-
-def utc(time: datetime) -> str:
-    """ISO 8601 in UTC to the second; a time that knows no offset is taken as UTC."""
-    aware = time if time.tzinfo else time.replace(tzinfo=UTC)
-    return aware.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def check_names(bands: tuple[str | DescribedBand, ...]) -> None:

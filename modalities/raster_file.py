@@ -58,7 +58,7 @@ REMOTE = re.compile(r"[A-Za-z][\w.+-]*:/")
 BROKEN = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError, OSError)
 """What rasterio raises for a file that is gone, damaged or of another kind: bare errors of GDAL and broken text included."""
 
-_OPENING = threading.Lock()
+_OPENING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def opened(path: Path) -> Iterator[Any]:
 def quiet() -> Iterator[None]:
     """No warning that a file has no georeference; that is said by an empty `Grid.frame`.
 
-    The filters of warnings belong to the whole process, hence the lock.
+    The filters of warnings belong to the whole process, hence the lock, which a thread that has it may take again.
     """
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -217,6 +217,17 @@ def plain(error: Exception, path: Path) -> str:
     for form in (str(path.absolute()), str(path)):
         text = text.replace(form, path.name)
     return " ".join(text.split()).rstrip(".")
+
+
+def usable(scale: float, offset: float) -> tuple[float, float]:
+    """Scale and offset as the tags of a file give them.
+
+    Raises:
+        SceneError: They are no numbers to reckon with.
+    """
+    if not (math.isfinite(scale) and math.isfinite(offset) and scale):
+        raise SceneError(f"its tags give scale {scale:g} and offset {offset:g}, which no value survives; mend the tags, or say them")
+    return scale, offset
 
 
 def same_frame(one: str, other: str) -> bool:

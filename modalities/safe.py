@@ -13,8 +13,8 @@ from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from modalities import archive
-from modalities.product import Statement, iso_time
-from modalities.scene import SceneError
+from modalities.product import Statement
+from modalities.scene import SceneError, iso_time
 
 METADATA = re.compile(r"MTD_MSI(L1C|L2A)\.xml")
 MAX_XML_BYTES = 8 << 20

@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ from modalities.landsat import LandsatSettings, scan_landsat
 from modalities.place import Placed, group_by_place, name_apart
 from modalities.raster import RasterSettings, scan_rasters
 from modalities.raster_bands import DescribedBand
-from modalities.scene import AdapterSettings, Rejected, SceneError
+from modalities.scene import AdapterSettings, Rejected, SceneError, matches
 from modalities.sentinel1 import Sentinel1Settings, polarisation, scan_sentinel1
 from modalities.sentinel2 import Account, Sentinel2Settings, scan_sentinel2
 from modalities.sentinel2_bands import split_band
@@ -158,11 +157,7 @@ def _shared_out(files: Iterable[Path], folder: Path, settings: SatelliteSettings
     shares: defaultdict[str, list[Path]] = defaultdict(list)
     for file in files:
         relative = file.relative_to(folder).as_posix()
-        matching = (
-            f"{number} {source.label}"
-            for number, source in enumerate(settings.sources)
-            if any(fnmatch(relative, glob) or fnmatch(file.name, glob) for glob in source.match)
-        )
+        matching = (f"{number} {source.label}" for number, source in enumerate(settings.sources) if matches(relative, *source.match))
         shares[next(matching, None) or recognise(relative)].append(file)
     return [(_label(name, readers[name][1]), *readers[name], own) for name, own in sorted(shares.items())]
 
@@ -177,8 +172,8 @@ def _by_one(files: Iterable[Path], folder: Path, settings: SensorSettings) -> tu
     ignored: list[Path] = []
     for file in files:
         relative = file.relative_to(folder).as_posix()
-        excluded = any(fnmatch(relative, pattern) or fnmatch(file.name, pattern) for pattern in settings.exclude)
-        (candidates if file.name.lower().endswith(ENDINGS[settings.kind]) and not excluded else ignored).append(file)
+        wanted = file.name.lower().endswith(ENDINGS[settings.kind]) and not matches(relative, *settings.exclude)
+        (candidates if wanted else ignored).append(file)
     scenes: Sequence[Placed]
     account = Account()
     match settings:

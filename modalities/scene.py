@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
@@ -151,6 +153,33 @@ class Scene(Protocol):
     def label_suffix(self) -> str:
         """Ending of a written label file: `.tif` or `.nii.gz`."""
         ...
+
+
+def matches(relative: str, *globs: str) -> bool:
+    """True when a path within the scanned folder, or its file name, is that of one of the globs."""
+    name = PurePosixPath(relative).name
+    return any(fnmatch(relative, glob) or fnmatch(name, glob) for glob in globs)
+
+
+def utc(time: datetime) -> str:
+    """A time as `Scene.times` has it, ISO 8601 in UTC to the second; one that knows no zone is taken as UTC.
+
+    Raises:
+        ValueError: It has no place in UTC, as the first and the last day of all have in some zones.
+    """
+    try:
+        there = (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"{time} lies outside of the years 1 to 9999 in UTC") from error
+    return f"{there.replace(tzinfo=None).isoformat(timespec='seconds')}Z"
+
+
+def iso_time(text: str) -> str:
+    """`utc` of any ISO 8601 form; empty for what is no time."""
+    try:
+        return utc(datetime.fromisoformat(text.strip()))
+    except ValueError:
+        return ""
 
 
 def fingerprint(files: Iterable[Path]) -> str:

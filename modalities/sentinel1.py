@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from modalities.grid import Grid, Window
 from modalities.quality import Quality
 from modalities.raster import Radiometry, RasterScene, radiometry
 from modalities.raster_file import BROKEN, BandFile, RasterFile, inspect, opened, plain
-from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError
+from modalities.scene import AdapterSettings, Channel, LabelMap, Rejected, SceneError, utc
 
 Stored = Literal["dB", "power", "amplitude"]
 Polarisation = Literal["VV", "VH", "HH", "HV"]
@@ -310,11 +310,9 @@ def _times(relative: str, tags: Mapping[str, str]) -> tuple[str, ...]:
     """Start of the acquisition: by the last name of a product in the path, else by the file's own `datetime`."""
     named = [found for part in relative.split("/") for found in _TIME.findall(part)]
     try:
-        moment = datetime.strptime(f"{named[-1]}Z", "%Y%m%dT%H%M%S%z") if named else datetime.fromisoformat(tags.get("datetime", ""))
+        return (utc(datetime.strptime(f"{named[-1]}Z", "%Y%m%dT%H%M%S%z") if named else datetime.fromisoformat(tags.get("datetime", ""))),)
     except ValueError:
         return ()
-    moment = moment.astimezone(UTC) if moment.tzinfo else moment
-    return (moment.strftime("%Y-%m-%dT%H:%M:%SZ"),)
 
 
 def _look(file: RasterFile, bands: list[BandFile], settings: Sentinel1Settings) -> tuple[Stored, str, tuple[str, ...]]:

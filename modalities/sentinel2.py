@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +17,13 @@ from pydantic import Field, field_validator, model_validator
 
 from modalities import archive
 from modalities.class_band import MaskFile, SceneClasses
+from modalities.place import name_apart
 from modalities.product import Level
 from modalities.radiometry import SNOW, Answer, Verdict, judge, look, say_scale
-from modalities.raster import Radiometry, RasterScene, assemble, name_uniquely, split_masks, with_classes, with_masks
-from modalities.raster_file import BandFile
+from modalities.raster import Radiometry, RasterScene, assemble, split_masks, with_classes, with_masks
+from modalities.raster_file import BandFile, usable
 from modalities.resample import Resampling
-from modalities.scene import AdapterSettings, Rejected, SceneError
+from modalities.scene import AdapterSettings, Rejected, SceneError, matches
 from modalities.sentinel2_bands import BANDS, ORDERS, band_name
 from modalities.sentinel2_images import Gathering, Image, gather
 
@@ -123,7 +123,7 @@ class Sentinel2Settings(AdapterSettings):
 
     def layout(self, relative: str) -> Layout | None:
         """The first layout that matches a relative path or its file name."""
-        return next((entry for entry in self.layouts if _matches(relative, entry.match)), None)
+        return next((entry for entry in self.layouts if matches(relative, entry.match)), None)
 
     def order(self, relative: str) -> tuple[str, ...] | None:
         """Names by position of the bands of a file."""
@@ -216,7 +216,7 @@ def scan_sentinel2(
         if scene:
             scenes.append(scene)
             used.append(settled)
-    named, unmasked = with_masks(name_uniquely(scenes, folder), masks, folder, settings.clouds)
+    named, unmasked = with_masks(name_apart(scenes, folder), masks, folder, settings.clouds)
     found.rejected += unmasked
     taken = {file for scene in named for file in scene.files}
     rejected = _per_file(found.rejected, taken, folder)
@@ -254,7 +254,7 @@ def _claim(
 ) -> tuple[tuple[float, float], str]:
     """Scale and offset of a band and where they come from; the first source that says something counts."""
     relative = band.path.relative_to(folder).as_posix()
-    entry = next((entry for entry in settings.radiometry if _matches(relative, entry.match)), None)
+    entry = next((entry for entry in settings.radiometry if matches(relative, entry.match)), None)
     if entry:
         return (entry.scale, entry.offset), "reader.radiometry"
     default = settings.scale or PLAIN[0]
@@ -269,7 +269,7 @@ def _claim(
             )
         return stated or next(iter(statement.scaling.values())), statement.source
     if (band.channel.scale, band.channel.offset) != (1.0, 0.0):
-        return (band.channel.scale, band.channel.offset), "its tags"
+        return usable(band.channel.scale, band.channel.offset), "its tags"
     if settings.offset is not None and not settings.harmonize:
         return (default, settings.offset), "reader.offset"
     return (default, 0.0), "" if settings.scale is None or (settings.harmonize and default == PLAIN[0]) else "reader.scale"
@@ -411,7 +411,3 @@ def _notes(cases: Sequence[_Case]) -> list[str]:
         f"Sentinel-2: {count} scenes, {level}; {pairs} by {claim} ({pixels})"
         for (level, pairs, claim, pixels), count in lines.most_common()
     ]
-
-
-def _matches(relative: str, pattern: str) -> bool:
-    return fnmatch(relative, pattern) or fnmatch(relative.rsplit("/", 1)[-1], pattern)

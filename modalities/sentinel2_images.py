@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -90,7 +90,7 @@ def gather(files: Iterable[Path], folder: Path, order: Callable[[str], tuple[str
             documents.append(path)
     for product, inside in products.items():
         _take_product(product, inside, metadata, found)
-    taken, notes = _take_items(documents, frozenset(loose), found)
+    taken, notes = _take_items(documents, loose, found)
     _take_loose([path for path in loose if path not in taken], notes, found)
     return found
 
@@ -175,23 +175,29 @@ def _resolution(path: Path) -> tuple[int, Path]:
     return int(size[1]) if size else 0, path
 
 
-def _take_items(documents: list[Path], files: frozenset[Path], found: Gathering) -> tuple[set[Path], dict[Path, Statement]]:
-    """Files that are in images of STAC items, and what Earth Engine says of the images in a folder."""
-    taken: set[Path] = set()
-    notes: dict[Path, Statement] = {}
+Notes = Mapping[Path, Mapping[str, Statement]]
+"""What Earth Engine says beside the images of a folder, by the names of its files without ending."""
+
+
+def _take_items(documents: list[Path], files: Iterable[Path], found: Gathering) -> tuple[set[Path], Notes]:
+    """Files that are in images of STAC items, and what Earth Engine says of images."""
+    free, taken = set(files), set[Path]()
+    notes: defaultdict[Path, dict[str, Statement]] = defaultdict(dict)
     for path in documents:
         try:
             content = read_json(path)
             noted = of_earth_engine(content, path)
             if noted:
-                notes[path.parent] = noted
+                notes[path.parent][path.stem] = noted
                 continue
-            item = read_item(content, path, found.folder, files - taken)
+            item = read_item(content, path, found.folder, free)
         except SceneError as error:
             found.reject(path, str(error))
             continue
         if item:
-            taken |= set(item.bands) | ({item.scene_classes} if item.scene_classes else set())
+            own = {*item.bands, *([item.scene_classes] if item.scene_classes else [])}
+            taken |= own
+            free -= own
             _take_item(item, found)
     return taken, notes
 
@@ -217,7 +223,7 @@ def _take_item(item: Item, found: Gathering) -> None:
         found.images.append(Image(name, kept, statement, "item", _classes(item.scene_classes, found)))
 
 
-def _take_loose(files: Iterable[Path], notes: dict[Path, Statement], found: Gathering) -> None:
+def _take_loose(files: Iterable[Path], notes: Notes, found: Gathering) -> None:
     joined: defaultdict[tuple[str, str], list[BandFile]] = defaultdict(list)
     maps: dict[tuple[str, str], Path] = {}
     for path in files:
@@ -258,9 +264,13 @@ def _stack(file: RasterFile, statement: Statement, found: Gathering) -> Image:
     return Image(name, bands, statement, "stack", (file, maps[0]) if len(maps) == 1 else None)
 
 
-def _said(path: Path, folder: Path, notes: dict[Path, Statement]) -> Statement:
+def _said(path: Path, folder: Path, notes: Notes) -> Statement:
+    """What Earth Engine and names say of an image; of several notes in a folder the one that is called like it counts."""
     named = from_names(path.relative_to(folder).as_posix())
-    noted = notes.get(path.parent)
+    beside = notes.get(path.parent, {})
+    split = split_band(path.stem)
+    own = (beside[name] for name in (path.stem, split[1] if split else "") if name in beside)
+    noted = next(own, next(iter(beside.values())) if len(beside) == 1 else None)
     return replace(noted, level=noted.level or named.level, time=noted.time or named.time) if noted else named
 
 

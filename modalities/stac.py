@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from modalities.product import Statement, from_names, iso_time
-from modalities.scene import SceneError
+from modalities.product import Statement, from_names
+from modalities.scene import SceneError, iso_time
 from modalities.sentinel2_bands import band_name
 
 MAX_JSON_BYTES = 16 << 20
@@ -44,12 +44,16 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; None where it is none.
 
     Raises:
-        SceneError: It is larger than any item, or nested too deeply.
+        SceneError: It cannot be read, is larger than any item, or nested too deeply.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
+    try:
+        text = path.read_bytes() if path.stat().st_size <= MAX_JSON_BYTES else None
+    except OSError as error:
+        raise SceneError(f"it cannot be read ({error.strerror}); mend its permissions or leave it out with reader.exclude") from error
+    if text is None:
         raise SceneError(f"it has more than {MAX_JSON_BYTES >> 20} MiB, which no STAC item has")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except RecursionError as error:
         raise SceneError("it is nested deeper than any STAC item") from error
     except ValueError:
@@ -68,7 +72,7 @@ def of_earth_engine(content: Any, path: Path) -> Statement | None:
     return replace(named, source=path.name, baseline=str(content.get("PROCESSING_BASELINE", named.baseline)), documents=(path,))
 
 
-def read_item(content: Any, path: Path, folder: Path, files: frozenset[Path]) -> Item | None:
+def read_item(content: Any, path: Path, folder: Path, files: Set[Path]) -> Item | None:
     """The Sentinel-2 item that a JSON file holds; None where it holds something else.
 
     An asset is read from the file that its `href` leads to, which must be relative and inside the scanned folder; of a
@@ -91,7 +95,7 @@ def read_item(content: Any, path: Path, folder: Path, files: frozenset[Path]) ->
     found = _Assets()
     applied = [value for key, value in properties.items() if key.endswith(":boa_offset_applied") and isinstance(value, bool)]
     for key, asset in assets.items():
-        if isinstance(asset, dict) and isinstance(asset.get("href"), str) and not PICTURES & set(asset.get("roles") or ()):
+        if isinstance(asset, dict) and isinstance(asset.get("href"), str) and not _is_picture(asset):
             found.take(key, asset, _file_of(asset["href"], path, folder, files), already_subtracted=any(applied))
     if not found.bands:
         first = f", such as {found.missing[0][:120]}" if found.missing else ""
@@ -144,6 +148,11 @@ class _Assets:
                 raise SceneError(f"it gives two scales or offsets for {band}; correct it")
 
 
+def _is_picture(asset: Mapping[str, Any]) -> bool:
+    roles = asset.get("roles")
+    return isinstance(roles, list) and any(isinstance(role, str) and role in PICTURES for role in roles)
+
+
 def _is_sentinel2(content: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
     words = " ".join(str(part).lower() for part in (content.get("collection"), properties.get("constellation"), properties.get("platform")))
     named = re.match(r"S2[A-D]_", str(content.get("id", "")))
@@ -190,7 +199,7 @@ def _scaling_of(asset: Mapping[str, Any]) -> tuple[float, float] | None:
     return None
 
 
-def _file_of(href: str, item: Path, folder: Path, files: frozenset[Path]) -> Path | None:
+def _file_of(href: str, item: Path, folder: Path, files: Set[Path]) -> Path | None:
     if _REMOTE.match(href):
         beside = item.parent / PurePosixPath(unquote(urlsplit(href).path.replace("\\", "/"))).name
         return beside if beside in files else None

@@ -221,7 +221,6 @@ def write_scene(
         for part in PARTS:
             layout = _layout(scene, part, reconstructor, settings)
             writers[part] = RasterWriter(place.with_name(f"{place.name}_{part}.tif"), layout, "")
-            writers[part].go_to(0, 0)
         for strip in strips(width, max(STRIP, wide), wide):
             row: list[Reconstruction] = []
             for found in reconstructor.windows(source, scene.name, strip):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,17 @@ def test_rows_that_were_on_disk_are_kept_after_a_kill(tmp_path: Path, reached: i
     write_raster(tmp_path / "whole.tif", layout, values)
     assert path.read_bytes() == (tmp_path / "whole.tif").read_bytes()
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_what_has_no_key_never_goes_on_with_what_a_kill_left(tmp_path: Path) -> None:
+    """The rows would be written anew, but under the nodata value, names and place of what was left."""
+    space, path = (20, 30), tmp_path / "map.tif"
+    killed = RasterWriter(path, of_classes(space, tags={"TERRAVOX_RUN": "old"}), "")
+    killed._lock.close()
+    layout = replace(of_classes(space, tags={"TERRAVOX_RUN": "new"}), nodata=0, bands=(RasterBand("kind"),))
+    write_raster(path, layout, numbers(space))
+    with rasterio.open(path) as found:
+        assert (found.nodata, found.descriptions, found.tags()["TERRAVOX_RUN"]) == (0, ("kind",), "new")
 
 
 def test_another_key_or_a_damaged_note_begins_anew(tmp_path: Path) -> None:

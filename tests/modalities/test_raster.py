@@ -271,6 +271,15 @@ def test_groups_of_degrees_reach_across_the_date_line(tmp_path: Path) -> None:
     assert grouped(tmp_path, e=(east, "EPSG:4326", 100), w=(west, "EPSG:4326", 100)) == {"e": "e", "w": "e"}
 
 
+@pytest.mark.parametrize("turn", [-720.0, -360.0, 0.0, 360.0])
+def test_degrees_beyond_a_turn_are_the_same_ground(tmp_path: Path, turn: float) -> None:
+    """Some count on past the date line, some back before it."""
+    one, other = (Affine(0.01, 0, x, 0, -0.01, 10) for x in (179.5, 179.7 + turn))
+    assert grouped(tmp_path, e=(one, "EPSG:4326", 100), w=(other, "EPSG:4326", 100)) == {"e": "e", "w": "e"}
+    zero, around = (Affine(0.01, 0, x, 0, -0.01, 10) for x in (-0.5, -0.3 + turn))
+    assert set(grouped(tmp_path / "zero", e=(zero, "EPSG:4326", 100), w=(around, "EPSG:4326", 100)).values()) == {"e"}
+
+
 def test_groups_reach_across_crs_and_date_line(tmp_path: Path) -> None:
     groups = grouped(
         tmp_path,

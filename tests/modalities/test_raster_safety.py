@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import rasterio
 
 from modalities.catalogue import scan
 from modalities.raster import RasterSettings
-from modalities.raster_file import inspect
+from modalities.raster_file import inspect, quiet
 from modalities.scene import SceneError
+from modalities.sentinel2 import Sentinel2Settings
 from tests.synthetic_rasters import NOTHING, UTM, check_scene, north_up, reason_of, scene_of, write_raster, write_world
 
 
@@ -113,3 +115,30 @@ def test_ground_control_points_are_named_where_a_place_is_wanted(tmp_path: Path)
     assert scene_of(path).grid.frame == ""
     assert "but 4 ground control points; warp it by them" in reason_of(path, RasterSettings(require_georeference=True))
     assert NOTHING.require_georeference is False
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(np.nan, 0.0), (1e-4, np.nan), (np.inf, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("reader", [RasterSettings(), Sentinel2Settings()])
+def test_tags_that_no_number_can_be_reckoned_with_are_a_reason(
+    tmp_path: Path, scale: float, offset: float, reader: RasterSettings | Sentinel2Settings
+) -> None:
+    write_raster(tmp_path / "good.tif", np.full((1, 20, 20), 900, np.uint16), north_up(), names=("B04",))
+    path = write_raster(tmp_path / "odd.tif", np.full((1, 20, 20), 900, np.uint16), north_up(), names=("B04",))
+    with rasterio.open(path, "r+") as target:
+        target.scales, target.offsets = (scale,), (offset,)
+    found = scan(tmp_path, reader)
+    assert [scene.name for scene in found.scenes] == ["good"]
+    (odd,) = found.rejected
+    assert odd.file == "odd.tif"
+    assert f"scale {scale:g} and offset {offset:g}" in odd.reason
+
+
+def test_what_opens_a_file_quietly_may_do_so_from_where_it_is_quiet_already() -> None:
+    done = threading.Event()
+
+    def nested() -> None:
+        with quiet(), quiet():
+            done.set()
+
+    threading.Thread(target=nested, daemon=True).start()
+    assert done.wait(5), "the lock is taken twice by one thread"

@@ -212,3 +212,35 @@ def test_an_item_by_itself_is_scanned_with_its_own_files_and_no_others(tmp_path:
     path.write_text(json.dumps(item("../bands/{}.tif")))
     with pytest.raises(SceneError, match=r"1 files found, 1 rejected[^$]*lies outside the scanned folder"):
         found_in(path)
+
+
+def test_earth_engines_properties_are_of_the_image_of_their_name_where_there_are_several(tmp_path: Path) -> None:
+    days = {"one": ("20220604T054639", "2022-06-04T05:46:39Z"), "two": ("20210101T054639", "2021-01-01T05:46:39Z")}
+    for name, (day, _) in days.items():
+        stack = np.stack([np.rint(np.repeat(np.repeat(reflectance(band, "L2A"), 2, 0), 2, 1) * 1e4) for band in ("B05", "B06", "B11")])
+        write_raster(tmp_path / f"{name}.tif", stack.astype(np.uint16), north_up(), names=("B05", "B06", "B11"))
+        write_item(tmp_path / f"{name}.json", {"PRODUCT_ID": f"S2B_MSIL2A_{day}_N0214_R048_T43RCP_{day}"})
+    found = found_in(tmp_path)
+    assert {scene.name: (scene.times, scene.channels[0].level) for scene in found.scenes} == {
+        name: ((time,), "L2A") for name, (_, time) in days.items()
+    }
+    write_raster(tmp_path / "three.tif", stack.astype(np.uint16), north_up(), names=("B05", "B06", "B11"))
+    (third,) = (scene for scene in found_in(tmp_path).scenes if scene.name == "three")
+    assert (third.times, third.channels[0].level) == ((), ""), "which of the two it would be, nobody knows"
+
+
+@pytest.mark.parametrize("roles", [[{"a": 1}], 5, {"data": 1}, [["data"]]])
+def test_odd_roles_of_an_asset_are_no_roles(tmp_path: Path, roles: Any) -> None:
+    write_bands(tmp_path)
+    content = item("{}.tif")
+    content["assets"]["red"]["roles"] = roles
+    write_item(tmp_path / "item.json", content)
+    (scene,) = found_in(tmp_path).scenes
+    assert "B04" in [channel.name for channel in scene.channels]
+
+
+def test_a_time_before_all_times_is_none(tmp_path: Path) -> None:
+    write_bands(tmp_path)
+    write_item(tmp_path / "item.json", item("{}.tif", datetime="0001-01-01T00:00:00+05:00"))
+    (scene,) = found_in(tmp_path).scenes
+    assert scene.times == ()
