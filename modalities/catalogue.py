@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from modalities.stac import files_of
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
+
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|/vsi")
+"""An address, whose second slash `Path` has taken away, or one of GDAL's virtual file systems."""
 
 VOLUMES = (".nii", ".nii.gz")
 """Endings of files that hold volumes."""
@@ -65,6 +69,8 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
     Raises:
         SceneError: `root` does not exist, or holds no usable file; the message counts the reasons.
     """
+    if REMOTE.match(str(root)):
+        raise SceneError(f"{root} is not on this machine, and nothing remote is read; fetch it and give its folder")
     if not root.exists():
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder

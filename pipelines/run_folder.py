@@ -92,15 +92,27 @@ def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path
 
 
 def reader_of(about: Description, changes: Mapping[str, Any]) -> ReaderSettings:
-    """The adapter's settings that a model was trained with, and what the user changes in them.
+    """The adapter's settings that a model was trained with, and what the user changes in them, at any depth; another `kind` begins anew.
 
     Raises:
         RunError: A change does not fit the adapter.
     """
+    own = about.reader.get("kind", about.modality)
+    kind = changes.get("kind", own)
+    trained_with = about.reader if kind == own else {}
     try:
-        return TypeAdapter[ReaderSettings](ReaderSettings).validate_python({**about.reader, **changes})
+        return TypeAdapter[ReaderSettings](ReaderSettings).validate_python(_changed(trained_with, changes))
     except ValidationError as error:
-        raise RunError(f"reader={dict(changes)} does not fit the adapter {about.modality}: {error}") from error
+        wrong = "; ".join(f"{'.'.join(map(str, entry['loc'][1:])) or 'kind'}: {entry['msg']}" for entry in error.errors())
+        raise RunError(f"reader={dict(changes)} does not fit the adapter {kind}: {wrong}") from error
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(settings)
+    for key, value in changes.items():
+        before = changed.get(key)
+        changed[key] = _changed(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return changed
 
 
 def model_problems(name: str, tracking: TrackingSettings, out: Path, load: Callable[[Path], object]) -> list[str]:

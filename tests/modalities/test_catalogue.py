@@ -71,6 +71,14 @@ def test_the_same_folder_in_the_other_world(tmp_path: Path, settings: Any) -> No
     assert np.array_equal(pixels, optical(0))
 
 
+@pytest.mark.parametrize(
+    "address", ["https://x.example/S2.zip", "s3://bucket/S2.SAFE", "/vsicurl/https://x.example/a.tif", "/vsizip/a.zip/b.tif"]
+)
+def test_nothing_remote_is_read(address: str) -> None:
+    with pytest.raises(SceneError, match=r"is not on this machine, and nothing remote is read; fetch it"):
+        scan(Path(address), Sentinel2Settings())
+
+
 @pytest.mark.parametrize("pattern", ["sub-2/*", "*.nii", "sub-2_T1w*"])
 def test_excluded_files_are_ignored_not_rejected(tmp_path: Path, pattern: str) -> None:
     catalogue = scan(archive(tmp_path), MriSettings(spacing_mm=None, exclude=(pattern, "broken*", "*_seg.nii.gz")))

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from pipelines.run_folder import RunError, begin, finish
+from mae_core.export import Description
+from mae_core.settings import to_plain
+from modalities.raster import RasterSettings
+from modalities.satellite import SatelliteSettings
+from modalities.sentinel2 import Sentinel2Settings
+from pipelines.run_folder import RunError, begin, finish, reader_of
 
 CONFIG: dict[str, Any] = {"crop": [8], "train": {"steps": 10, "log_steps": 1}, "tracking": {"uri": None}}
 MAY = ("tracking", "train.log_steps")
@@ -112,3 +117,16 @@ def test_killed_while_it_claims_or_finishes_nothing_half_is_left(tmp_path: Path,
     assert again(tmp_path) is None
     finish(tmp_path, "pretrain", CONFIG, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "result.json"]
+
+
+def test_a_change_of_one_setting_of_a_reader_leaves_the_others_as_in_training() -> None:
+    trained_with = SatelliteSettings(
+        sentinel2=Sentinel2Settings(harmonize=True, levels=("L2A",), channels=("B02", "B08")), exclude=("*.vrt",)
+    )
+    about = Description.model_construct(modality="satellite", reader=to_plain(trained_with))
+    assert reader_of(about, {}) == trained_with
+    wanted = trained_with.model_copy(update={"sentinel2": trained_with.sentinel2.model_copy(update={"harmonize": False})})
+    assert reader_of(about, {"sentinel2": {"harmonize": False}}) == wanted
+    assert reader_of(about, {"kind": "raster"}) == RasterSettings(), "another adapter begins anew"
+    with pytest.raises(RunError, match=r"does not fit the adapter satellite: sentinel2\.harmonise: Extra inputs are not permitted$"):
+        reader_of(about, {"sentinel2": {"harmonise": True}})
