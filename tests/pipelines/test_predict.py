@@ -179,14 +179,15 @@ def test_a_wide_scene_is_labelled_in_strips_and_gone_on_with(run_folder: Path, t
     np.testing.assert_array_equal(rasterio.open(out).read(1), whole(run_folder, source)[0])
 
 
-@pytest.mark.parametrize("space", [(20, 31), (64, 64), (65, 200)])
-def test_small_scenes_and_scenes_without_a_place(run_folder: Path, tmp_path: Path, space: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("space", "declared"), [((20, 31), None), ((64, 64), np.nan), ((65, 200), None)])
+def test_small_scenes_and_scenes_without_a_place(run_folder: Path, tmp_path: Path, space: tuple[int, int], declared: float | None) -> None:
     pixels = np.random.default_rng(0).normal(1000, 300, (3, *space)).astype(np.float32)
     pixels[:, 0, 0] = np.nan
-    source = write_raster(tmp_path / "scene.tif", pixels, None, None, names=NAMES)
+    source = write_raster(tmp_path / "scene.tif", pixels, None, None, names=NAMES, nodata=declared)
     assert predict.main(words(run_folder, source, tmp_path / "map.tif")) == 0
     with quiet(), rasterio.open(tmp_path / "map.tif") as found:
         labels, crs = found.read(1), found.crs
+        assert np.argwhere(found.read(1, masked=True).mask).tolist() == [[0, 0]], "NaN is no value, declared or not"
     np.testing.assert_array_equal(labels, whole(run_folder, source)[0])
     assert (crs, labels[0, 0]) == (None, 0)
 

@@ -21,6 +21,7 @@ import pytest
 
 import mae_core.store_writer
 import pipelines.preparation_workers
+from mae_core.store import TileStore
 from pipelines.preparation import PreparationError, PrepareSettings, prepare
 from pipelines.tiling_plan import SplitSettings
 from tests.pipelines.test_preparation_extension import Killed, stopping
@@ -234,14 +235,27 @@ def test_a_scheduler_that_does_not_answer_is_named(scenes: Scenes, tmp_path: Pat
         prepare(scenes, tmp_path / "out", changed(scheduler="tcp://127.0.0.1:9"))
 
 
-def test_a_running_scheduler_is_used(scenes: Scenes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_a_running_scheduler_is_used_and_statistics_are_numpys_whatever_the_number_of_workers(tmp_path: Path, workers: int) -> None:
+    """Workers of one process, which take the tasks as they come; the store is that of none to the byte."""
     from distributed import LocalCluster
 
+    scenes = Scenes(tuple(make_scene(tmp_path, f"s{n}", (20, 13), scale=0.1 * (n + 1), offset=-n) for n in range(7)))
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+        n_workers=workers, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
     ) as cluster:
-        prepare(scenes, tmp_path / "out", changed(scheduler=cluster.scheduler_address))
-    assert tree(tmp_path / "out") == tree(prepare(scenes, tmp_path / "whole", HERE).path)
+        assert len(cluster.workers) == workers
+        prepare(scenes, tmp_path / "out", changed(scheduler=cluster.scheduler_address, tiles_per_shard=2, min_valid_fraction=0.0))
+    settings = changed(tiles_per_shard=2, min_valid_fraction=0.0)
+    assert tree(tmp_path / "out") == tree(prepare(scenes, tmp_path / "whole", settings).path)
+    store = TileStore.open(tmp_path / "out")
+    train = [scene for scene in scenes.scenes if scene.name in set(store.index.scene[store.rows("train")])]
+    read = [(scene, *scene.read(scene.grid.full)) for scene in train]
+    for i in range(2):
+        values = np.concatenate(
+            [pixels[i][quality == 0] * scene.channels[i].scale + scene.channels[i].offset for scene, pixels, quality in read]
+        )
+        np.testing.assert_allclose([store.statistics.mean[i], store.statistics.std[i]], [values.mean(), values.std()], rtol=1e-6)
 
 
 @dataclass(frozen=True)
