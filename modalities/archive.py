@@ -25,6 +25,8 @@ UNFIT = re.compile(r'[\\:*?"<>|{}\x00-\x1f]')
 
 def split(path: Path) -> tuple[Path, str] | None:
     """The zip and the member that a path speaks of; None for a path of the file system."""
+    if ".zip" not in str(path).lower():  # as nearly all, and this is asked of every file many times
+        return None
     for parent in path.parents:
         if parent.suffix.lower() == ".zip" and parent.is_file():
             return parent, path.relative_to(parent).as_posix()

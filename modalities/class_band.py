@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
@@ -226,14 +226,15 @@ class MaskFile(Widening):
         made = class_band(file, 0, meanings, bits, self.reach(file.grid, file.path.name))
         return replace(made, band=replace(made.band, nodata=tag))
 
-    def beside(self, image: Path, by_folder: Mapping[str, Sequence[Path]]) -> list[Path]:
-        """The files of `by_folder` that are such a file of `image`."""
-        wanted = Path(self.file.replace("{stem}", escape(image.stem)))
-        return [
-            path
-            for path in by_folder.get(plain_folder(image.parent / wanted.parent), ())
-            if fnmatch(path.name, wanted.name) and path != image
-        ]
+    def beside(self, image: Path, by_folder: Mapping[str, Mapping[str, Path]]) -> list[Path]:
+        """The files, by `plain_folder` and name, that are such a file of `image`."""
+        wanted = Path(self.file.replace("{stem}", image.stem))
+        there = by_folder.get(plain_folder(image.parent / wanted.parent), {})
+        names = [wanted.name] if wanted.name in there else []
+        if any(sign in self.file for sign in "*?["):
+            pattern = Path(self.file.replace("{stem}", escape(image.stem))).name
+            names = [name for name in there if fnmatch(name, pattern)]
+        return [there[name] for name in names if there[name] != image]
 
 
 def plain_folder(folder: Path) -> str:

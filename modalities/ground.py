@@ -138,7 +138,7 @@ def _by_frame(frames: ArrayLike, world: Floats) -> tuple[Floats, Floats]:
 
 
 def metres_apart(grid: Grid) -> tuple[float, ...]:
-    """Distance between voxels along each axis, as `Grid.spacing`, but steps in degrees as metres on the ground in the grid's middle."""
+    """`Grid.spacing`, in the grid's unit; but steps in degrees as metres on the ground in the grid's middle."""
     if grid.unit != "degree" or len(grid.space) < 2:
         return grid.spacing
     flat, size = _flat(grid.matrix[None], np.array([grid.space]))

@@ -220,7 +220,7 @@ def open_vector_labels(
         raise SceneError(f"{name} has no CRS and affine, so nothing says where the features of {file.path} lie on it; give it a place")
     labels = VectorLabels(file, grid, options, numbers)
     shapes, _ = drawn(labels)
-    left, top, right, bottom = shapes.boxes().T
+    left, top, right, bottom = shapes.boxes.T
     if not ((left < grid.space[1]) & (right > 0) & (top < grid.space[0]) & (bottom > 0)).any():
         raise NoOverlapError(f"no feature of {file.path} lies on {name} ({describe(grid)})")
     disputed = labels.disputed()
@@ -238,7 +238,7 @@ def drawn(labels: VectorLabels) -> tuple[Shapes, NDArray[np.int64]]:
     shapes = layer.shapes
     if len(shapes.part_feature):
         low, high = _box(labels.grid, labels.file.frame, labels.options.radius_m)
-        boxes = shapes.boxes()
+        boxes = shapes.boxes
         shapes = shapes.only(((boxes[:, :2] <= high) & (boxes[:, 2:] >= low)).all(axis=1))
     if len(shapes.part_feature):
         shapes = on_grid(shapes, labels.file.frame, labels.grid, labels.options.radius_m)

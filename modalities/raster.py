@@ -232,19 +232,29 @@ def assemble(name: str, bands: list[BandFile], resampling: Resampling = "bilinea
     frame = Counter(band.grid.frame for band in bands).most_common(1)[0][0]
     reference = min((band for band in bands if band.grid.frame == frame), key=lambda band: float(np.prod(band.grid.spacing)))
     kept, left = [], []
+    sides: dict[Grid, int | str] = {}
     for band in bands:
         if not same_frame(band.grid.frame, frame):
             own, wanted = band.grid.frame or "none", frame or "none"
             left.append((band, f"its CRS ({own}) is not that of the scene's other bands ({wanted}); warp it to theirs"))
             continue
-        try:
-            rows, columns = align(reference.grid, band.grid)
-            side = footprint((rows, columns)) if resampling == "native" else 1
-        except SceneError as error:
-            left.append((band, str(error)))
+        if band.grid not in sides:
+            sides[band.grid] = _footprint_on(reference.grid, band.grid, resampling)
+        side = sides[band.grid]
+        if isinstance(side, str):
+            left.append((band, side))
         else:
             kept.append(replace(band, channel=replace(band.channel, footprint=side)))
     return RasterScene(name, name, reference.grid, tuple(kept), resampling=resampling), left
+
+
+def _footprint_on(grid: Grid, own: Grid, resampling: Resampling) -> int | str:
+    """`Channel.footprint` of bands that lie on `own`; why they cannot be brought to `grid`."""
+    try:
+        rows, columns = align(grid, own)
+        return footprint((rows, columns)) if resampling == "native" else 1
+    except SceneError as error:
+        return str(error)
 
 
 def with_classes(scene: RasterScene, *class_bands: ClassBand) -> RasterScene:
@@ -301,10 +311,10 @@ def _only(beside: list[Path], wanted: MaskFile) -> list[Path]:
     return beside
 
 
-def _by_folder(files: Iterable[Path]) -> dict[str, list[Path]]:
-    found: defaultdict[str, list[Path]] = defaultdict(list)
+def _by_folder(files: Iterable[Path]) -> dict[str, dict[str, Path]]:
+    found: defaultdict[str, dict[str, Path]] = defaultdict(dict)
     for file in files:
-        found[plain_folder(file.parent)].append(file)
+        found[plain_folder(file.parent)][file.name] = file
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,8 +189,9 @@ def scan_series(files: Sequence[Path], folder: Path, settings: SeriesSettings) -
         else:
             refuse(image, "when it was acquired is not known, so it has no place in a series")
     series: list[SeriesScene] = []
-    for (kind, grid), images in alike.items():
-        elsewhere = sum(len(others) for (other, lattice), others in alike.items() if other == kind and lattice != grid)
+    of_kind = Counter(kind for (kind, _), images in alike.items() for _ in images)
+    for (kind, _), images in alike.items():
+        elsewhere = of_kind[kind] - len(images)
         dated: dict[str, Placed] = {}
         for image in images:
             if dated.setdefault(image.times[0], image) is not image:

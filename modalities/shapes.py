@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +55,7 @@ class Shapes:
     part_feature: NDArray[np.int64]
     part_is_point: NDArray[np.bool_]
 
+    @cached_property
     def boxes(self) -> NDArray[np.float64]:
         """Least x, least y, greatest x, greatest y of each part, `(part, 4)`."""
         if not len(self.part_feature):
@@ -240,7 +242,7 @@ def burn(
     """
     rows, columns = window
     size = (rows.stop - rows.start, columns.stop - columns.start)
-    left, top, right, bottom = shapes.boxes().T
+    left, top, right, bottom = shapes.boxes.T
     near = (left <= columns.stop) & (right >= columns.start) & (top <= rows.stop) & (bottom >= rows.start)
     if not near.any():
         return np.full(size, empty, np.int32)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mae_core.bands import BandSettings, Matching
 from mae_core.context import Context, days_and_years
 from mae_core.labelling import Band, Labeller, Source
-from mae_core.loader import UNMEASURED
+from mae_core.loader import METRES, UNMEASURED
 from mae_core.settings import to_plain
 from modalities.cog import BLOCK, DIGEST_TAG, Layout, OnMap, RasterBand, RasterWriter, count_values, made_from
 from modalities.ground import centres, metres_apart
@@ -90,7 +90,7 @@ def source_of(scene: Scene, names: Sequence[str]) -> Source:
 def context_of(scene: Scene) -> Context:
     """What is known of a scene besides its voxels, as training tells it of tiles: its first date, its middle, metres between voxels."""
     grid = scene.grid
-    spacing = torch.tensor([metres_apart(grid)], dtype=torch.float32)
+    spacing = torch.tensor([metres_apart(grid)], dtype=torch.float32) * METRES.get(grid.unit, 1.0)
     day, year = days_and_years([next(iter(scene.times), "")])
     latitude, longitude = (torch.from_numpy(part.astype(np.float32)) for part in centres([grid.frame], [grid.matrix.ravel()], [grid.space]))
     return Context(day, year, latitude, longitude, spacing if grid.unit not in UNMEASURED else torch.full_like(spacing, torch.nan), spacing)

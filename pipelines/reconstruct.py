@@ -188,7 +188,7 @@ def targets(catalogue: Catalogue, settings: ReconstructSettings) -> list[tuple[S
     """What the files of each scene begin with.
 
     Raises:
-        RunError: `out` cannot be a folder, or scenes are not rasters.
+        RunError: `out` cannot be a folder, scenes are not rasters, or one of their files would be written over.
     """
     if settings.out.is_file():
         raise RunError(f"--out {settings.out} is a file; give the name of a folder")
@@ -196,7 +196,17 @@ def targets(catalogue: Catalogue, settings: ReconstructSettings) -> list[tuple[S
     if other:
         raise RunError(f"{other[0]} is no image of two axes; look at the pictures in the run's folder `panels` for volumes and series")
     names = [Path(*(part for part in Path(scene.name).parts if part not in ("/", ".."))) for scene in catalogue.scenes]
-    return [(scene, settings.out / name) for scene, name in zip(catalogue.scenes, names, strict=True)]
+    places = [settings.out / name for name in names]
+    sources = {file.resolve() for scene in catalogue.scenes for file in scene.files}
+    for written in (part_file(place, part) for place in places for part in PARTS):
+        if written.resolve() in sources:
+            raise RunError(f"{written} would be written over, which is one of the images; choose another --out")
+    return list(zip(catalogue.scenes, places, strict=True))
+
+
+def part_file(place: Path, part: str) -> Path:
+    """The raster of one of `PARTS`."""
+    return place.with_name(f"{place.name}_{part}.tif")
 
 
 def write_scene(
@@ -220,7 +230,7 @@ def write_scene(
     try:
         for part in PARTS:
             layout = _layout(scene, part, reconstructor, settings)
-            writers[part] = RasterWriter(place.with_name(f"{place.name}_{part}.tif"), layout, "")
+            writers[part] = RasterWriter(part_file(place, part), layout, "")
         for strip in strips(width, max(STRIP, wide), wide):
             row: list[Reconstruction] = []
             for found in reconstructor.windows(source, scene.name, strip):

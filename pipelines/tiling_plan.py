@@ -277,8 +277,10 @@ def overlapping(ours: Ground, theirs: Ground) -> NDArray[np.bool_]:
         PreparationError: Tiles of a place speak of different frames, so that they cannot be compared.
     """
     hit = np.zeros(len(ours.places), dtype=bool)
-    for place in np.intersect1d(ours.places, theirs.places):
-        here, there = ours.places == place, theirs.places == place
+    places, numbers = np.unique(np.concatenate([ours.places, theirs.places]), return_inverse=True)
+    our_places, their_places = np.split(numbers, [len(hit)])  # whole numbers, because names are slow to compare
+    for number in np.intersect1d(our_places, their_places):
+        place, here, there = places[number], our_places == number, their_places == number
         frames = np.union1d(ours.frames[here], theirs.frames[there])
         if len(frames) > 1:
             names = ", ".join(frame[:40] for frame in frames)

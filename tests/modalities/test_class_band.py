@@ -214,3 +214,13 @@ def test_real_major_tom_cloud_mask() -> None:
     assert not clear.read(window)[1].any(), "its SOURCE.md says that all is clear"
     assert (with_classes(scene, MaskFile(file="cloud_mask.tif", cloud=(0,)).band(cloud)).read(window)[1] == Quality.CLOUD).all()
     assert clear.grid.frame == "EPSG:32648" != UTM
+
+
+@pytest.mark.parametrize("file", ["{stem}/mask.tif", "{stem}/m*.tif"])
+def test_a_mask_lies_in_a_folder_that_is_called_like_its_image_whatever_that_is(tmp_path: Path, file: str) -> None:
+    for name, bad in (("a[1]", 1), ("b", 0)):
+        write_world(tmp_path / f"{name}.tif", (8, 8))
+        write_raster(tmp_path / name / "mask.tif", np.full((1, 8, 8), bad, np.uint8), north_up())
+    found = scan(tmp_path, RasterSettings(clouds=MaskFile(file=file, cloud=(1,))))
+    flags = {scene.name: set(np.unique(scene.read(scene.grid.full)[1])) for scene in found.scenes}
+    assert flags == {"a[1]": {int(Quality.CLOUD)}, "b": {0}}

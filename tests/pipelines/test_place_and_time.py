@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from rasterio import Affine
 
 from mae_core.context import ContextSettings, Kind, dropped
 from mae_core.loader import context_of, read_rows, spacings
@@ -23,10 +24,11 @@ from mae_core.store_writer import encode_json
 from mae_core.vit import Encoder, EncoderSettings
 from modalities.quality import Quality
 from modalities.raster import RasterScene
+from pipelines import label_scene
 from pipelines.preparation import PreparationError, PrepareSettings, prepare
 from pipelines.tiling_plan import SplitSettings
 from tests.synthetic_batches import CHANNELS, generator
-from tests.synthetic_rasters import north_up, scene_of, write_world
+from tests.synthetic_rasters import UTM, north_up, scene_of, write_world
 from tests.synthetic_scenes import Scenes, make_scene
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -120,6 +122,16 @@ def test_the_loader_tells_day_year_place_and_metres(tmp_path: Path) -> None:
     np.testing.assert_allclose(context.resolution[4:8, 1], arc * shrunk, rtol=0.005, err_msg="columns are steps to the east")
     assert torch.equal(context.resolution[:8], context.spacing[:8])
     np.testing.assert_allclose(spacings(store, np.arange(8, 9)), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("crs", "affine"), [(UTM, north_up()), ("EPSG:2263", north_up(x=1e6, y=2e5)), ("EPSG:4326", north_up(0.001, 15.0, 60.0))]
+)
+def test_a_scene_that_is_labelled_is_told_the_metres_that_its_tiles_were_trained_with(tmp_path: Path, crs: str, affine: Affine) -> None:
+    scene = placed(tmp_path, "a", affine=affine, crs=crs)
+    trained, labelled = context_of(store_of(tmp_path / "out", scene), np.arange(1)), label_scene.context_of(scene)
+    torch.testing.assert_close(labelled.resolution, trained.resolution, rtol=1e-3, atol=0)
+    torch.testing.assert_close(labelled.spacing, trained.spacing, rtol=1e-3, atol=0)
 
 
 def test_where_nobody_said_how_far_voxels_lie_apart_nothing_is_told(tmp_path: Path) -> None:

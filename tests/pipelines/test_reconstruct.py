@@ -126,6 +126,19 @@ def test_three_rasters_lie_on_the_image_in_its_units(made: Path, tmp_path: Path,
     assert "2 images, three rasters each" in capsys.readouterr().out
 
 
+def test_nothing_is_written_over_an_image(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an earlier call left beside the images is an image itself at the next."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    shutil.copy(tmp_path / "images" / "one.tif", tmp_path / "images" / "one_input.tif")
+    before = (tmp_path / "images" / "one_input.tif").read_bytes()
+    call = ["--run", str(made / "run"), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "images"), "device=cpu"]
+    assert reconstruct.main(call) == 1
+    assert "one_input.tif would be written over, which is one of the images; choose another --out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert (tmp_path / "images" / "one_input.tif").read_bytes() == before
+
+
 def test_the_same_patches_are_hidden_again_and_others_by_another_seed(made: Path, tmp_path: Path) -> None:
     for name, more in (("a", ()), ("b", ()), ("c", ("seed=3", "mask_ratio=0.5"))):
         assert reconstruct.main(words(made, tmp_path / name, *more, data="images/one.tif")) == 0
