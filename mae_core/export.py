@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mae_core.bands import BandSettings
 from mae_core.checkpoint import advice, seal, sha256, verify
 from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.heads import HeadSettings, Segmenter
@@ -46,6 +47,7 @@ class Description(Settings):
         wavelengths_nm: Centre wavelength of each channel, None where it has none; empty where nobody said.
         percentiles: Of physical values per channel, at the percents of `mae_core.histogram.PERCENTS`, None where nobody counted; may be
             empty.
+        bands: How the channels of a segmenter's training data were found among the encoder's.
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
     """
@@ -68,6 +70,7 @@ class Description(Settings):
     levels: tuple[tuple[str, ...], ...] = ()
     wavelengths_nm: tuple[float | None, ...] = ()
     percentiles: tuple[tuple[float | None, ...], ...] = ()
+    bands: BandSettings = BandSettings()
     reader: dict[str, Any]
     lineage: dict[str, str]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mae_core.bands import Band, BandError, BandSettings, Matching, bands_of, differences_of, match_bands, strange_values
 from mae_core.export import Description
+from mae_core.settings import Settings
 from mae_core.store import TileStore
 from modalities.scene import Scene
 from pipelines.progress import console, table
@@ -25,6 +27,25 @@ REMEDY = {
 }
 WINDOWS, SIDE = 3, 64
 """Windows per axis, and voxels per axis of a window, that a scene's values are sampled from."""
+
+
+class PredictBandSettings(Settings):
+    """How the channels of scenes are found among those of a segmenter."""
+
+    match: Literal["as_trained", "name", "wavelength"] = Field(
+        "as_trained",
+        description="name: channels of the same name; wavelength: what is left by nearest wavelength, too; or as in fine-tuning",
+    )
+    max_distance_nm: float | None = Field(
+        None, gt=0, description="Channels whose wavelengths differ by more are not matched (default: as in fine-tuning)"
+    )
+    accept_units: bool = Field(False, description="Feed data in other units, of another level or range than the model's; it is recorded")
+
+    def for_model(self, about: Description) -> BandSettings:
+        """These settings, what they leave open being the model's."""
+        own = about.bands
+        match = own.match if self.match == "as_trained" else self.match
+        return BandSettings(match=match, max_distance_nm=self.max_distance_nm or own.max_distance_nm, accept_units=self.accept_units)
 
 
 def model_bands(about: Description) -> tuple[Band, ...]:

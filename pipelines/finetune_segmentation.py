@@ -286,6 +286,7 @@ def save_segmenter(job: Job, model: Segmenter, folder: Path, arm: str, run_id: s
                 "head": job.settings.head,
                 "classes": classes,
                 "colours": colours_of(job.settings, job.store, job.task.values),
+                "bands": job.settings.bands.model_copy(update={"accept_units": False}),
                 "lineage": lineage,
             }
         ),

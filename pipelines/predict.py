@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mae_core.bands import BandSettings, Matching
+from mae_core.bands import Matching
 from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
@@ -24,7 +24,7 @@ from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.cog import UNFINISHED, little_cache
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
-from pipelines.bands import scene_matching, tell_bands
+from pipelines.bands import PredictBandSettings, scene_matching, tell_bands
 from pipelines.command_line import run
 from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
 from pipelines.prepare import tell_catalogue
@@ -49,7 +49,7 @@ class PredictSettings(Settings):
         "none", description="Also write a raster with a band per class: none, uint8 (in parts of 250, with a scale tag) or float32"
     )
     compress: Literal["deflate", "zstd"] = Field("deflate", description="Of rasters; zstd is faster, old readers do not know it")
-    bands: BandSettings = BandSettings()
+    bands: PredictBandSettings = PredictBandSettings()
     batch_size: int = Field(0, ge=0, description="Crops that are predicted at once; 0: as many as hold a quarter of a million voxels")
     memory_mb: int = Field(512, ge=64, description="For the rows of a raster that are at work; a wider one is done in strips of columns")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
@@ -79,7 +79,10 @@ def work(settings: PredictSettings) -> int:
         )
         name = registered.uri if registered else f"run {Path(settings.model).name}"
         memory, program = settings.memory_mb << 20, f"terravox {version('terravox')}"
-        job = Job(labeller, sha256(folder / WEIGHTS), name, settings.bands, settings.probabilities, settings.compress, memory, program)
+        bands = settings.bands.for_model(about)
+        if bands.match not in (settings.bands.match, "name"):
+            console.print(f"channels are matched by {bands.match}, as in the model's fine-tuning; bands.match=name: by their names alone")
+        job = Job(labeller, sha256(folder / WEIGHTS), name, bands, settings.probabilities, settings.compress, memory, program)
         done, failed, seconds = label_all(job, places)
         tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)
         if registered is not None:
@@ -248,7 +251,7 @@ def check(settings: PredictSettings) -> list[str]:
         no_label(about)
         places = targets(scan(settings.data, reader_of(about, settings.reader)), settings)
         for scene, _ in places:
-            scene_matching(about, scene, settings.bands)
+            scene_matching(about, scene, settings.bands.for_model(about))
     except EXPECTED as error:
         return [str(error)]
     begun = [place for _, place in places if place.with_name(f".{place.name}{UNFINISHED}").is_dir()]
