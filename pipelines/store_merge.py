@@ -12,10 +12,10 @@ from mae_core.shards import StoreError
 from mae_core.store import Split, TileStore
 from mae_core.store_files import LocalFiles
 from mae_core.store_view import VIEW, combine, write_view
+from modalities.ground import UNPLACED, footprints
+from pipelines.ground_check import nearest
+from pipelines.ground_split import SHARED_SLACK
 from pipelines.tiling_plan import Ground, overlapping
-
-UNPLACED = ("", "RAS+")
-"""Frames of which equal coordinates do not mean equal ground: each body, and each image without a place, has its own."""
 
 
 def merge_stores(stores: Sequence[Path], out: Path) -> TileStore:
@@ -53,6 +53,15 @@ def _check_ground(one: TileStore, other: TileStore) -> None:
         raise StoreError(
             f"{len(leaks)} training tiles of {one.label} lie on ground that is held out in {other.label} (the first: {first}); "
             "prepare their scenes into one store, or leave one of them out"
+        )
+    ours, theirs = (footprints(ground.frames, ground.affines, ground.extents) for ground in (_ground(one, rows), _ground(other, held)))
+    found = nearest(ours, theirs, 0.0, SHARED_SLACK)
+    if found is not None:
+        row, there = rows[found.ours], held[found.theirs]
+        raise StoreError(
+            f"training tiles of {one.label} lie on ground that is held out in {other.label} in another CRS: tile {one.index.tile[row]} of "
+            f"scene {one.index.scene[row]} ({one.index.frame[row]}) and tile {other.index.tile[there]} of scene "
+            f"{other.index.scene[there]} ({other.index.frame[there]}); prepare their scenes into one store, or leave one of them out"
         )
 
 

@@ -21,7 +21,13 @@ def pixels_of(name: str, tile: int, channels: tuple[str, ...]) -> np.ndarray:
 
 
 def small_store(
-    folder: Path, name: str, channels: tuple[str, ...] = ("A", "B"), groups: Mapping[str, str] | None = None, east: float = 0, **layout: Any
+    folder: Path,
+    name: str,
+    channels: tuple[str, ...] = ("A", "B"),
+    groups: Mapping[str, str] | None = None,
+    east: float = 0,
+    frame: str = "EPSG:32632",
+    **layout: Any,
 ) -> TileStore:
     """A store of seven tiles, three a shard, of which tile 2 is left empty; two scenes, each a group, the second held out."""
     given = {"num_tiles": 7, "tile": SPACE, "axes": ("y", "x"), "dtype": "int16", "tiles_per_shard": 3, "has_labels": False} | layout
@@ -48,7 +54,7 @@ def small_store(
                 "extent": list(SPACE),
                 "owned": list(SPACE),
                 "affine": [1.0, 0, 0, 0, 1, east + 10 * tile, 0, 0, 1],
-                "frame": "EPSG:32632",
+                "frame": frame,
                 "unit": "m",
                 "valid_fraction": 1.0,
                 "present": [True] * len(channels),

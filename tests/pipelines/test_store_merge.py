@@ -44,6 +44,22 @@ def test_ground_that_is_held_out_in_one_and_trained_on_in_another_is_refused(tmp
     assert main(["merge", str(first.path), str(apart.path), f"out={tmp_path / 'view'}"]) == 0
 
 
+def test_the_same_ground_in_another_crs_is_refused_and_other_ground_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the southern zone the equator is at 10 000 km, in the northern one at 0."""
+    first = small_store(tmp_path / "first", "a", east=0.0)  # trains on tiles at 0, 10 and 30 m, holds out those at 40, 50 and 60 m
+    second = small_store(tmp_path / "second", "b", east=1e7 + 40.0, frame="EPSG:32732")
+    assert main(["merge", str(first.path), str(second.path), f"out={tmp_path / 'view'}"]) == 1
+    words = told(capsys)
+    assert f"training tiles of {second.label} lie on ground that is held out in {first.label} in another CRS: tile" in words
+    assert "(EPSG:32732)" in words
+    assert "(EPSG:32632)" in words
+    assert not (tmp_path / "view").exists()
+    apart = small_store(tmp_path / "apart", "c", east=1e7 + 100.0, frame="EPSG:32732")
+    assert main(["merge", str(first.path), str(apart.path), f"out={tmp_path / 'view'}"]) == 0
+    nowhere = small_store(tmp_path / "nowhere", "d", frame="")
+    assert main(["merge", str(first.path), str(nowhere.path), f"out={tmp_path / 'other'}"]) == 0
+
+
 def test_one_store_a_view_and_a_damaged_store_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = [str(small_store(tmp_path / name, name, east=1000.0 * number).path) for number, name in enumerate(("a", "b"))]
     assert main(["merge", stores[0], f"out={tmp_path / 'view'}"]) == 2
