@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,11 @@ class Tracker:
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file."""
         self.client.log_artifact(self.run_id, str(path), folder)
+
+    def table(self, file: str, columns: Mapping[str, Sequence[str]]) -> None:
+        """Log a table as a JSON artifact of columns and rows, laid out as MLflow's own tables are."""
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, file)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""

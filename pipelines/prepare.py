@@ -25,6 +25,7 @@ from pipelines.preparation_forecast import Forecast
 from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public
+from pipelines.store_facts import tell_values, value_columns
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
 IMAGES = ("satellite", "sentinel2", "sentinel1", "landsat", "raster")
@@ -111,6 +112,7 @@ def prepare_store(
 
         report = prepare(catalogue, out, settings, labels=labels, attributes=attributes, progress=progress, announce=announce)
     tell_report(report)
+    tell_values(TileStore.open(out, verify="sizes"))
     return report
 
 
@@ -178,7 +180,9 @@ def work(settings: PrepareVerb) -> int:
         f"prepare-{settings.out.name}", None, public(settings), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)
-        sheet_to(tracker, TileStore.open(settings.out, verify="sizes"))
+        store = TileStore.open(settings.out, verify="sizes")
+        sheet_to(tracker, store)
+        tracker.table("channels.json", value_columns(store))
         tracker.dataset(settings.modality, report.digest, "prepared", {"tiles": str(report.accepted)})
     facts = {
         "figures": {"tiles": {**counts, "discarded": dict(report.discarded)}, "bytes": report.num_bytes, "seconds": report.seconds},

@@ -16,6 +16,9 @@ from mae_core.store import Split, TileStore
 from mae_core.store_folder import FORMAT, FORMAT_VERSION
 from pipelines.progress import console, table
 
+SHOWN_PERCENTS = (2, 50, 98)
+"""Percentiles that are told; the others are in `statistics.json`."""
+
 SIDES: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -88,6 +91,27 @@ def tell(found: Mapping[str, Any]) -> None:
         console.print(line, markup=False)
     head_row = ("channel", "nm", "m", "tiles", "mean", "std", "min", "max")
     table("channels, physical values of the training side", head_row, [_row(channel) for channel in found["channels"]])
+
+
+def value_columns(store: TileStore) -> dict[str, list[str]]:
+    """What values the training side holds, by name of a column: channel, unit, mean, deviation and percentiles; empty where not known."""
+    shown = ("mean", "std", *map(str, SHOWN_PERCENTS))
+    units = [str(channel.get("unit", "")) for channel in store.attributes["channels"]]
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("channel", "unit", "mean", "std", *(f"{percent} %" for percent in SHOWN_PERCENTS))
+    }
+    for channel, unit in zip(_channels(store), units, strict=True):
+        values = channel | channel["percentiles"]
+        numbers = ["" if values[name] is None else f"{values[name]:.4g}" for name in shown]
+        for column, text in zip(columns.values(), (channel["name"], unit or "not said", *numbers), strict=True):
+            column.append(text)
+    return columns
+
+
+def tell_values(store: TileStore) -> None:
+    """Print what values the training side holds, so that wrong units are seen at once."""
+    columns = value_columns(store)
+    table("values of the training side", tuple(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _row(channel: Mapping[str, Any]) -> list[str]:
