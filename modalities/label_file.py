@@ -19,7 +19,7 @@ from rasterio.errors import CRSError
 
 from modalities.grid import Grid, Window
 from modalities.label_raster import BLOCK, NoOverlapError, blocks, carry, check_window, describe
-from modalities.raster_file import REMOTE
+from modalities.raster_file import REMOTE, plain
 from modalities.resample import is_placed
 from modalities.scene import AdapterSettings, SceneError
 from modalities.shapes import Shapes, burn, metres_per_unit, on_grid, parse
@@ -145,7 +145,7 @@ def open_vector(path: Path, options: LabelOptions) -> VectorFile:
         layer = options.layer or layers[0]
         info = pyogrio.read_info(source, layer=layer, force_feature_count=True, force_total_bounds=True)
     except BROKEN as error:
-        raise SceneError(f"the labels {path} cannot be used: {_plain(error, path)}") from error
+        raise SceneError(f"the labels {path} cannot be used: {plain(error, path)}") from error
     if info["driver"] != DRIVERS[path.suffix.lower()]:
         raise SceneError(f"{path} would be read by GDAL's {info['driver']}, which is not one of {sorted(set(DRIVERS.values()))}")
     if info["features"] > MAX_FEATURES:
@@ -167,7 +167,7 @@ def read_layer(file: VectorFile) -> Layer:
             raise SceneError(f"{file.path} has changed since it was looked at; start again")
         meta, _, geometries, columns = pyogrio.raw.read(_source(file.path), layer=file.layer, columns=wanted, force_2d=True)
     except BROKEN as error:
-        raise SceneError(f"cannot read the labels {file.path}: {_plain(error, file.path)}") from error
+        raise SceneError(f"cannot read the labels {file.path}: {plain(error, file.path)}") from error
     found = dict(zip((str(name) for name in meta["fields"]), columns, strict=True))
     sequence = np.arange(len(geometries))
     if file.order:
@@ -343,7 +343,3 @@ def _refuse(path: Path) -> None:
 def _source(path: Path) -> str:
     """What GDAL is told to open; the prefix keeps every other driver from a text file."""
     return ("GeoJSON:" if DRIVERS[path.suffix.lower()] == "GeoJSON" else "") + str(path.absolute())
-
-
-def _plain(error: Exception, path: Path) -> str:
-    return " ".join(str(error).replace(str(path.absolute()), path.name).split()).rstrip(".")

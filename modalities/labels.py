@@ -16,10 +16,11 @@ from modalities.label_classes import ClassTable, raster_classes
 from modalities.label_file import DRIVERS, LabelOptions, VectorFile, number_texts, open_vector, open_vector_labels, summary
 from modalities.label_matrix import open_matrix_labels
 from modalities.label_raster import NoOverlapError, blocks, open_raster_labels
+from modalities.raster_file import ENDINGS as RASTERS
 from modalities.scene import LabelMap, Rejected, Scene, SceneError
 from modalities.series import SeriesLabels, SeriesScene
 
-RASTERS, MATRIX = (".tif", ".tiff", ".jp2"), ".mat"
+MATRIX = ".mat"
 ENDINGS = (*RASTERS, MATRIX, ".nii", ".nii.gz", ".gpkg", ".geojson", ".shp")
 """Of label files in a folder. A `.json` is one only where it is given by itself: many others have that ending."""
 

@@ -40,6 +40,9 @@ DRIVERS = {
 """First bytes of a file and the one GDAL driver that may open it (`GTiff` reads COGs). No other driver is ever tried,
 so that a VRT or another description that points elsewhere does nothing, whatever its name says."""
 
+ENDINGS = (".tif", ".tiff", ".jp2")
+"""Of files of these kinds, in small letters."""
+
 MAX_EXPANSION = 2000
 MIN_BOMB_BYTES = 1 << 28
 """A file that declares more than 256 MiB of pixels and more than 2000 times its own size is refused: deflate cannot

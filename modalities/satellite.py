@@ -28,7 +28,7 @@ ENDINGS = {
     "sentinel2": (*IMAGES, *COMPANIONS),
     "sentinel1": (".tif", ".tiff"),
     "landsat": (".tif", ".tiff"),
-    "raster": (".tif", ".tiff", ".jp2"),
+    "raster": IMAGES,
 }
 """Files that an adapter looks at."""
 

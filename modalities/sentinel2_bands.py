@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from modalities.raster_file import ENDINGS
+
 
 @dataclass(frozen=True)
 class Band:
@@ -82,7 +84,7 @@ def band_name(text: str) -> str | None:
     found = re.match(_CODE.pattern + r"(?=$|[\s,:;(_]| - )", words)
     if found:
         return _canonical(found[1])
-    split = split_band(Path(text).stem if Path(text).suffix.lower() in (".tif", ".tiff", ".jp2") else text)
+    split = split_band(Path(text).stem if Path(text).suffix.lower() in ENDINGS else text)
     return split[0] if split and not band_name(split[1]) else None
 
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from modalities import archive
 from modalities.product import Statement, from_names
-from modalities.raster_file import BROKEN, BandFile, RasterFile, holds_only, inspect, plain
+from modalities.raster_file import BROKEN, ENDINGS, BandFile, RasterFile, holds_only, inspect, plain
 from modalities.safe import METADATA, granule_of, is_image, product_of, read_product
 from modalities.scene import Channel, Rejected, SceneError
 from modalities.sentinel2_bands import BANDS, ORDERS, band_name, split_band, split_classes
 from modalities.stac import Item, of_earth_engine, read_item, read_json
 
-IMAGES = (".tif", ".tiff", ".jp2")
+IMAGES = ENDINGS
 COMPANIONS = (".zip", ".xml", ".json", ".geojson")
 """Endings of files that hold images, and of those that hold or describe them."""
 
