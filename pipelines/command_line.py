@@ -19,7 +19,18 @@ from pydantic import ValidationError
 
 from mae_core.settings import Settings, flatten, to_plain
 from pipelines.config_files import NO_INTERPOLATION, ConfigError, put, read_config, typed, without_holes
-from pipelines.settings_words import key_of, own_defaults, problems, redacted, shown, table, without_replaced
+from pipelines.settings_words import (
+    Setting,
+    key_of,
+    nearest,
+    outline,
+    own_defaults,
+    problems,
+    redacted,
+    shown,
+    table,
+    without_replaced,
+)
 
 S = TypeVar("S", bound=Settings)
 
@@ -30,7 +41,7 @@ OPTIONS = """\
                   The command line wins over files, files over defaults, whatever the order of arguments
   --print-config  print all settings as YAML, each with where it comes from, and stop
   --check         look for everything that could be wrong, do nothing, and stop
-  --help          print this and stop"""
+  --help          print this and stop; --help PREFIX, such as --help reader: every setting that begins with it"""
 CAUSES = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -50,6 +61,7 @@ class Given:
         raw: Values of the command line as they were typed.
         problems: What could not be read, a line each.
         flags: The stops that were asked for, such as `help`.
+        prefix: What settings begin with for which help was asked; empty for an outline of all.
         verbs: The verb that a file's header names, by file; empty if it names none.
         unread: True if a file could not be read, so that what seems missing may stand in it.
     """
@@ -59,6 +71,7 @@ class Given:
     raw: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
+    prefix: str = ""
     verbs: dict[str, str] = field(default_factory=dict)
     unread: bool = False
 
@@ -102,8 +115,7 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
     base = _base(settings_type, defaults or {})
     given = parse(sys.argv[1:] if argv is None else argv)
     if "help" in given.flags:
-        _say(help_text(verb, settings_type, base, description))
-        return 0
+        return _help(verb, settings_type, base, description, given.prefix)
     settings = _validated(given, base, settings_type)
     if settings is None:
         _complain(verb, [*given.problems, *_written_for_another(verb, given)])
@@ -140,6 +152,8 @@ def parse(argv: Sequence[str]) -> Given:
         word = rest.pop(0)
         if word in FLAGS:
             given.flags.add(FLAGS[word])
+            if FLAGS[word] == "help" and rest and re.fullmatch(r"[A-Za-z][\w.]*", rest[0]):
+                given.prefix = rest.pop(0).rstrip(".")
             continue
         name, equals, text = word.removeprefix("--").partition("=")
         if word.startswith("--") and not equals:
@@ -272,7 +286,6 @@ def help_text(verb: str, settings_type: type[Settings], defaults: Mapping[str, A
     """What `--help` prints: description, usage and a table of all settings."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 140)
     settings = list(table(settings_type, defaults))
-    column = max((len(item.key) for item in settings if len(item.key) <= 32), default=8) + 2
     required = "".join(f" --{item.key} {item.hole}" for item in settings if item.required and not item.when)
     lines = [
         textwrap.fill(f"terravox {verb}: {description}", width),
@@ -283,6 +296,31 @@ def help_text(verb: str, settings_type: type[Settings], defaults: Mapping[str, A
         "",
         "settings (name, type, default, meaning):",
     ]
+    return "\n".join(lines + setting_lines(outline(settings), width))
+
+
+def _help(verb: str, settings_type: type[Settings], defaults: Mapping[str, Any], description: str, prefix: str) -> int:
+    """Print the outline of all settings, or all that begin with a prefix; the exit code."""
+    if not prefix:
+        _say(help_text(verb, settings_type, defaults, description))
+        return 0
+    settings = list(table(settings_type, defaults))
+    chosen = [item for item in settings if item.key == prefix or item.key.startswith(f"{prefix}.")]
+    chosen = chosen or [item for item in settings if item.key.startswith(prefix)]
+    if not chosen:
+        sections = {item.key[:place] for item in settings for place, letter in enumerate(item.key) if letter == "."}
+        name = nearest(prefix, [*(item.key for item in settings), *sorted(sections)])
+        _complain(verb, [f"--help {prefix}: no setting begins so" + (f"; did you mean {name}?" if name else "; --help lists all")])
+        return 2
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    _say("\n".join([f"terravox {verb}: settings that begin with {prefix}", *setting_lines(chosen, width)]))
+    return 0
+
+
+def setting_lines(settings: Sequence[Setting], width: int) -> list[str]:
+    """Settings as lines: name, type, default, then what it means; under a heading those that count for one choice only."""
+    lines: list[str] = []
+    column = max((len(item.key) for item in settings if len(item.key) <= 32), default=8) + 2
     when = ""
     for item in settings:
         if item.when and item.when != when:
@@ -290,10 +328,13 @@ def help_text(verb: str, settings_type: type[Settings], defaults: Mapping[str, A
         when = item.when
         default = "required" if item.required else f"default {_yaml(_plain(item.default))}"
         margin = "    " if when else "  "
-        lines.append(f"{margin}{item.key:<{column}}{item.words}; {default}")
+        section = item.key if item.words.startswith("section") else item.key.rpartition(".")[0]
+        told = item.words if item.hidden and item.words == "section" else f"{item.words}; {default}"
+        lines.append(f"{margin}{item.key:<{column - 1}} {told}")
+        meaning = f"{item.description} ({item.hidden} settings: --help {section})" if item.hidden else item.description
         indent = margin + " " * column
-        lines += textwrap.wrap(" ".join(item.description.split()), width, initial_indent=indent, subsequent_indent=indent)
-    return "\n".join(lines)
+        lines += textwrap.wrap(" ".join(meaning.split()), width, initial_indent=indent, subsequent_indent=indent)
+    return lines
 
 
 def _plain(value: Any) -> Any:

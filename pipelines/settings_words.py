@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from enum import Enum
 from pathlib import Path
@@ -42,6 +42,7 @@ class Setting:
         description: What it means.
         when: Which choice of a closed union it belongs to, such as `reader.kind=mri`; empty if it always counts.
         hole: What stands for its value in a usage line, such as `PATH`.
+        hidden: How many settings stand behind this line of an outline; 0 for a setting itself.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Setting:
     description: str
     when: str = ""
     hole: str = "VALUE"
+    hidden: int = 0
 
 
 def table(model: Model, defaults: Mapping[str, Any], prefix: str = "", when: str = "") -> Iterator[Setting]:
@@ -67,7 +69,8 @@ def table(model: Model, defaults: Mapping[str, Any], prefix: str = "", when: str
         key, meaning = f"{prefix}{name}", field.description or told.get(name, "")
         models = sections(field.annotation)
         own = defaults.get(name)
-        own = own if isinstance(own, Mapping) else {}
+        if not isinstance(own, Mapping):
+            own = declared.model_dump(mode="json") if isinstance(declared := _default(field), BaseModel) else {}
         if not models:
             required = field.is_required() and name not in defaults
             default = defaults.get(name, None if field.is_required() else _default(field))
@@ -86,6 +89,49 @@ def table(model: Model, defaults: Mapping[str, Any], prefix: str = "", when: str
                 chosen = own if own.get(tag) == choice else {}
                 inner = table(item, chosen, f"{key}.", f"{key}.{tag}={choice}")
                 yield from (setting for setting in inner if setting.key != f"{key}.{tag}")
+
+
+def outline(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings, those of each section and closed union inside a member of a closed union being one line that says how many they are.
+
+    The line of a union is that of its `kind`, with the kinds.
+    """
+    whens: dict[str, str] = {}
+    groups: dict[tuple[str, str], list[Setting]] = {}
+    order: list[Setting | tuple[str, str]] = []
+    for item in settings:
+        whens[item.key] = item.when
+        when = item.when
+        while whens.get(holder := _holder(when)):  # up to the outermost union that it lies in
+            when = whens[holder]
+        union = _holder(when).rpartition(".")[0] if "=" in when else ""
+        first, dot, _ = item.key.removeprefix(f"{union}.").partition(".")
+        if not union or not dot:
+            order.append(item)
+            continue
+        group = (when, f"{union}.{first}")
+        if group not in groups:
+            order.append(group)
+        groups.setdefault(group, []).append(item)
+    found: list[Setting] = []
+    for entry in order:
+        if isinstance(entry, Setting):
+            found.append(entry)
+            continue
+        inner = groups[entry]
+        heads = [item for item in inner if any(other.when.startswith(f"{item.key}=") for other in inner)]
+        line = Setting(entry[1], "section", required=False, default=None, description="", when=entry[0])
+        if found and found[-1].key == entry[1]:
+            line = found.pop()
+        elif heads and heads[0].key.rpartition(".")[0] == entry[1]:
+            line = heads[0]
+        found.append(replace(line, when=entry[0], hidden=len({item.key for item in inner})))
+    return found
+
+
+def _holder(when: str) -> str:
+    """The setting that decides whether others count."""
+    return when.removesuffix(" is given").partition("=")[0]
 
 
 def documented(model: Model) -> dict[str, str]:

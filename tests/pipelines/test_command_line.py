@@ -286,7 +286,7 @@ def test_passwords_of_addresses_are_never_printed(verb: Verb) -> None:
 
 
 def test_help_lists_every_setting_with_type_default_and_meaning(verb: Verb) -> None:
-    assert verb("--help", "nonsense", defaults={"train.steps": 77}) == 0
+    assert verb("--help", "nonsense=1", defaults={"train.steps": 77}) == 0
     words = " ".join(verb.out.split())
     for text in (
         "terravox small: Does it.",
