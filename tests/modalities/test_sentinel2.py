@@ -222,3 +222,16 @@ def test_radiometry_comes_from_the_glob_then_the_file_then_the_settings(tmp_path
     assert [(c.scale, c.offset) for c in found_in(tmp_path, chosen)[0][0].channels] == [(1e-3, 0.5), (1e-4, -0.1)]
     chosen = Sentinel2Settings(radiometry=(Radiometry(match="*B03.tif", scale=2),))
     assert [(c.scale, c.offset) for c in found_in(tmp_path, chosen)[0][0].channels] == [(1e-4, 0), (2, 0)]
+
+
+def test_reflectance_below_zero_is_data(tmp_path: Path) -> None:
+    """With +1000 in the numbers, 950 is a reflectance of -0.005: water and shadow after correction. Only 0 is no data."""
+    numbers = np.random.default_rng(0).integers(900, 1100, (2, 32, 32)).astype(np.uint16)
+    numbers[:, 0, 0] = 0
+    write_raster(tmp_path / "chip.tif", numbers, north_up(), names=("B04", "B08"))
+    (scene,), _ = found_in(tmp_path, Sentinel2Settings(scale=1e-4, offset=-0.1, level="L2A"))
+    pixels, quality = scene.read(scene.grid.full)
+    assert quality[0, 0] == Quality.NODATA
+    assert np.count_nonzero(quality) == 1
+    physical = pixels[0] * scene.channels[0].scale + scene.channels[0].offset
+    assert physical[numbers[0] == 950].max() == pytest.approx(-0.005)
