@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.nd import take
+from mae_core.nd import constant, take
 from mae_core.settings import Settings
 
 
@@ -58,7 +58,7 @@ def sincos_positions(grid: Sequence[int], dim: int, order: Literal["array", "rev
     return sincos_codes(_places(grid).double(), dim, order).float()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def cached_positions(grid: tuple[int, ...], dim: int, order: Literal["array", "reversed"], device: torch.device) -> Tensor:
     """`sincos_positions` on a device, computed once per process; not to be changed in place."""
     return _cached(grid, dim, order, device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mae_core.nd import (
     TokenLayout,
     blend,
+    constant,
     downsampling_factors,
     margins,
     patchify,
@@ -243,3 +244,12 @@ def test_the_product_of_the_factors_is_the_patch(patch: list[int]) -> None:
 )
 def test_factors_of_usual_patches(patch: tuple[int, ...], factors: list[tuple[int, ...]]) -> None:
     assert downsampling_factors(patch) == factors
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert constant(ours) is ours
+    assert ours.__dict__ == torch.compiler.assume_constant_result(theirs).__dict__ != {}
