@@ -67,6 +67,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For files that call verbs, which put a folder on the path: it is taken off again, and one thread is quicker on what is tiny."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files that read printed tables: none is folded."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+
 def tiny_store(folder: Path, axes: int = 2) -> TileStore:
     """A store of three places with six tiles each; a third of the voxels of place `b` has no value, so samples count unevenly."""
     if not (folder / "store" / "manifest.json").is_file():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ import pytest
 from pipelines.compare import main
 from pipelines.progress import mean_and_deviation
 from tests.synthetic_volumes import save_volume
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import quick, shared_tracking
+
+__all__ = ["quick"]
 
 PRETRAINING = [
     "prepare.tile=[16,16,16]",
@@ -33,13 +33,6 @@ PRETRAINING = [
     "tracking.system_metrics=false",
 ]
 PROBING = ["prepare.tile=[16,16,16]", "prepare.num_workers=0", "prepare.split.val_fraction=0.4", "device=cpu", "k=3", "linear.l2=[0.1]"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,11 @@ from pipelines.convert import main
 from pipelines.run_folder import model_folder, reader_of
 from pipelines.terravox import main as terravox
 from tests.synthetic_checkpoints import FOREIGN, facebook, reference
-from tests.tiny_runs import one_thread
+from tests.tiny_runs import quick, wide
+
+__all__ = ["quick", "wide"]
 
 INPUTS = ["channels=[B04,B03,B02]", "mean=[0.1,0.1,0.1]", "std=[0.2,0.2,0.3]", "modality=sentinel2"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setenv("COLUMNS", "240")
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)

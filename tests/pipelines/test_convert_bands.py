@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,14 @@ from pipelines.convert import main
 from pipelines.run_folder import reader_of
 from pipelines.terravox import main as terravox
 from tests.synthetic_batches import generator
-from tests.tiny_runs import one_thread
+from tests.tiny_runs import quick, wide
+
+__all__ = ["quick", "wide"]
 
 TEN = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 SIX = ("B04", "B02", "B03", "B8A", "B12", "B11")
 TWELVE = ("B12", "B11", "B09", "B8A", "B08", "B07", "B06", "B05", "B04", "B03", "B02", "B01")
 SHAPE = EncoderSettings(preset="nano", patch=(6, 6), mlp_ratio=1)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setenv("COLUMNS", "240")
-    with one_thread():
-        yield
 
 
 def run_of(folder: Path, shape: EncoderSettings = SHAPE, channels: tuple[str, ...] = TEN) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,12 @@ from mae_core.parallel import Parallel
 from pipelines import kernels
 from pipelines.kernels import checked_attention
 from pipelines.pretrain import main
-from tests.tiny_runs import arguments, one_thread, shared_store, shared_tracking
+from tests.tiny_runs import arguments, quick, shared_store, shared_tracking
+
+__all__ = ["quick"]
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 SHAPES = [AttentionShape("encoder", 2, 8, 5, 5)]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,13 @@ from pipelines.finetune_segmentation import FinetuneSettings
 from pipelines.labelled import colours_of, labelled_store
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_vectors import box, write_features
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import quick, shared_tracking
+
+__all__ = ["quick"]
 
 OWN = ["train.steps=2", "train.log_steps=1", "train.eval_steps=2", "train.device=cpu", "loader.global_batch_size=4"]
 OWN += ["tracking.system_metrics=false"]
 TEXTS = {1: "barley", 2: "lake", 3: "wood"}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

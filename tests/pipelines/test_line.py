@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from rasterio.crs import CRS
 from pipelines import finetune_segmentation, predict, prepare, pretrain, pretrain_mri
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_volumes import save_volume
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import one_thread, quick, shared_tracking
+
+__all__ = ["quick"]
 
 TINY = [
     "train.steps=2",
@@ -34,13 +34,6 @@ ENCODER = ["model.encoder.preset=nano", "model.encoder.patch=[4]", *DECODER]
 LONGER = ["train.steps=30", "train.eval_steps=30"]
 SEGMENTER = ["head.features=4", "optim.base_lr=0.5", "overlap=0.1", "prepare.split.val_fraction=0.3", *LONGER]
 RASTER_WORDS = ["prepare.tile=[16,16]", "ignore=[0]", "class_names=[dark,bright]"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 def done(folder: Path) -> dict[str, Any]:

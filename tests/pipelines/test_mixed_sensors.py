@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,9 @@ from mae_core.export import load_encoder
 from mae_core.store import TileStore
 from pipelines import prepare, pretrain_sentinel
 from tests.synthetic_rasters import north_up, write_raster
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import quick, shared_tracking
+
+__all__ = ["quick"]
 
 TINY = [
     "train.steps=2",
@@ -38,13 +38,6 @@ FRAMES = {
     "EPSG:27700": north_up(x=260_000.0),
     "EPSG:4326": Affine(1e-4, 0, 12, 0, -1e-4, 42),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 def optical_and_radar(folder: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,12 @@ from modalities.raster_file import quiet
 from pipelines import label_scene, predict
 from pipelines.label_scene import source_of
 from tests.synthetic_rasters import north_up, scene_of, write_raster
-from tests.tiny_runs import one_thread
+from tests.tiny_runs import quick
+
+__all__ = ["quick"]
 
 SPACE = (700, 90)
 NAMES = ("A", "B", "C")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,11 @@ from pipelines.finetune_segmentation import FinetuneSettings, make_job, save_seg
 from pipelines.labelled import labelled_store
 from tests.pipelines.test_bands import NAMES, WAVES, about_of, images, pixels_of
 from tests.synthetic_rasters import north_up, write_raster
-from tests.tiny_runs import one_thread
+from tests.tiny_runs import quick, wide
+
+__all__ = ["quick", "wide"]
 
 LANDSAT = ("OLI_B2", "OLI_B3", "OLI_B4")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setenv("COLUMNS", "240")
-    with one_thread():
-        yield
 
 
 def segmenter(bands: BandSettings) -> tuple[Segmenter, Description]:

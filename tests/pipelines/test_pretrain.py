@@ -29,20 +29,15 @@ from mae_core.store import TileStore
 from mae_core.tracking import Registered, TrackingSettings, fetch_model
 from pipelines import pretrain as verb
 from pipelines.pretrain import main
-from tests.tiny_runs import ROOT, TINY, arguments, environment, one_thread, shared_store, shared_tracking, tiny_recipe, two_processes
+from tests.tiny_runs import ROOT, TINY, arguments, environment, one_thread, quick, shared_store, shared_tracking, tiny_recipe, two_processes
+
+__all__ = ["quick"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
 ]
 SCRIPT = ROOT / "pipelines" / "pretrain.py"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

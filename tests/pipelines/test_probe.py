@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,11 @@ from modalities.quality import NO_VALUE
 from pipelines.probe import main
 from pipelines.terravox import main as terravox
 from tests.synthetic_rasters import north_up, write_raster
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import one_thread, quick, shared_tracking
+
+__all__ = ["quick"]
 
 NAMES = [f"place{number}" for number in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +18,12 @@ from mae_core.mae import MaskedAutoencoder
 from mae_core.settings import to_plain
 from pipelines import reconstruct
 from tests.synthetic_rasters import UTM, north_up, write_raster
-from tests.tiny_runs import one_thread, tiny_recipe
+from tests.tiny_runs import quick, tiny_recipe
+
+__all__ = ["quick"]
 
 NAMES = ("A", "B")
 SPACE = (530, 45)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 def make_run(folder: Path, **changes: object) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,9 @@ from tests.modalities.test_stac import COMMON, item, write_item
 from tests.synthetic_products import SIZE, reflectance, write_safe, zipped
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_vectors import box, write_features
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import one_thread, quick, shared_tracking
+
+__all__ = ["quick"]
 
 OLD = "S2B_MSIL2A_20210122T133229_N0214_R081_T22HBD_20210122T155500"
 NEW = "S2B_MSIL2A_20220413T150759_N0400_R025_T33XWJ_20220414T082126"
@@ -40,13 +40,6 @@ ENCODER = [
     "model.decoder.heads=2",
 ]
 READER = ["reader.sentinel2.harmonize=true", "reader.sentinel2.levels=[L1C,L2A]"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    with one_thread():
-        yield
 
 
 def write_archive(folder: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +13,9 @@ from mae_core.store import TileStore
 from pipelines import prepare
 from pipelines.store_facts import value_columns
 from tests.synthetic_rasters import north_up, write_raster
-from tests.tiny_runs import one_thread, shared_tracking
+from tests.tiny_runs import quick, shared_tracking, wide
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setenv("COLUMNS", "240")
-    with one_thread():
-        yield
+__all__ = ["quick", "wide"]
 
 
 def test_values_are_told_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
