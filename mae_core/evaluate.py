@@ -167,9 +167,9 @@ class Pretraining:
         """Held-out samples to look at: evenly spread, of each set of channels that there is in turn."""
         rows = self.held_out[various(self.store.index.present[self.held_out], self.num_panels)]
         alone = Parallel(0, 1, self.parallel.device)
-        about = (self.store.channels, self.normaliser.mean, self.normaliser.std, tuple(self.store.attributes.get("axes", ())))
+        of = Seen(self.store.channels, self.normaliser.mean, self.normaliser.std, tuple(self.store.attributes.get("axes", ())))
         return [
-            make_panel(index, batch, model, output, about)
+            make_panel(index, batch, model, output, of)
             for batch, output in self._outputs(model, rows, alone)
             for index in range(len(batch.pixels))
         ]
@@ -239,11 +239,17 @@ def various(present: NDArray[np.bool_], most: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-About = tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...], tuple[str, ...]]
-"""Channels, mean and standard deviation of each, and names of the spatial axes."""
+@dataclass(frozen=True)
+class Seen:
+    """What all panels of a store have in common; see `Panel`."""
+
+    channels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    axes: tuple[str, ...] = ()
 
 
-def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOutput, about: About) -> Panel:
+def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOutput, of: Seen) -> Panel:
     """The panel of one sample of a batch; without prediction and error where the target is not made of pixels."""
     plan, one = output.plan, slice(index, index + 1)
     pixels = batch.pixels[one].float()
@@ -265,10 +271,10 @@ def make_panel(index: int, batch: Batch, model: MaskedAutoencoder, output: MaeOu
         shown=_picture(shown, is_shown),
         filled=_picture(torch.where(is_shown, shown, filled), is_shown | is_filled),
         error=_picture(wrong, is_counted),
-        channels=about[0],
-        mean=about[1],
-        std=about[2],
-        axes=about[3],
+        channels=of.channels,
+        mean=of.mean,
+        std=of.std,
+        axes=of.axes,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_core.augment import AugmentSettings, Batch, Normaliser
 from mae_core.context import Context
-from mae_core.evaluate import Panel, Pretraining, make_panel, trivial_errors, various
+from mae_core.evaluate import Panel, Pretraining, Seen, make_panel, trivial_errors, various
 from mae_core.loader import read_rows
 from mae_core.mae import MaeOutput, MaskedAutoencoder, ModelSettings
 from mae_core.masking import HidingPlan, RandomHiding
@@ -211,7 +211,7 @@ def panel_of(batch: Batch, settings: ModelSettings, index: int) -> tuple[Panel, 
     plan = plan_of(batch, settings)
     oracle = fixed(settings, 1)
     output = oracle(batch.pixels, batch.counted, batch.present, plan)
-    return make_panel(index, batch, oracle, output, (CHANNELS, (0.0,) * 3, (1.0,) * 3, ())), plan, output
+    return make_panel(index, batch, oracle, output, Seen(CHANNELS, (0.0,) * 3, (1.0,) * 3)), plan, output
 
 
 def in_tokens(image: np.ndarray, patch: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mae_core.augment import Batch
 from mae_core.context import only_spacing
 from mae_core.decoders import DecoderSettings
-from mae_core.evaluate import make_panel
+from mae_core.evaluate import Seen, make_panel
 from mae_core.export import Description
 from mae_core.labelling import Source
 from mae_core.mae import MaskedAutoencoder, ModelSettings, tokens_valid
@@ -119,7 +119,7 @@ def test_a_crop_is_the_panel_that_training_shows_brought_to_stored_units(target:
     layout = made.model.encoder.layout((16, 16))
     plan = hide(tokens_valid(layout, batch.counted, batch.present, 0.5), layout.full_grid, made.hiding, made.seed, sample)
     output = made.model(batch.pixels, batch.counted, batch.present, plan, batch.context)
-    panel = make_panel(0, batch, made.model, output, (CHANNELS, made.description.mean, made.description.std, ("row", "column")))
+    panel = make_panel(0, batch, made.model, output, Seen(CHANNELS, made.description.mean, made.description.std, ("row", "column")))
     seen = np.isfinite(panel.shown)
     for column, number in ((2, 0), (0, 1)):
         np.testing.assert_array_equal(np.isfinite(ours[0][column]), seen[number])
