@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from modalities.landsat import LandsatSettings
-from modalities.nifti import MriSettings, scan_volumes
+from modalities.medical import MriSettings
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
@@ -21,6 +21,7 @@ from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
 from modalities.stac import files_of
+from modalities.volume_scan import scan_volumes
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
@@ -28,9 +29,6 @@ ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kin
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|/vsi")
 """An address, whose second slash `Path` has taken away, or one of GDAL's virtual file systems."""
-
-VOLUMES = (".nii", ".nii.gz")
-"""Endings of files that hold volumes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Catalogue:
         num_files: All files found; equal to used + rejected + ignored.
         readers: What read each scene, by its name: `sentinel2`, `elevation`, …
         notes: Lines on what the numbers in the scenes are taken for, and how that is known.
+        rows: Of scans, one for each that was found, under pseudonyms.
+        names: Of scans, what each pseudonym stands for; goes nowhere but into a crosswalk that is asked for.
     """
 
     root: Path
@@ -54,6 +54,8 @@ class Catalogue:
     num_files: int
     readers: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_used(self) -> int:
@@ -82,12 +84,13 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         (ignored if matches(file.relative_to(folder).as_posix(), *settings.exclude) else kept).append(file)
     scenes: Sequence[Scene]
     rejected: Sequence[Rejected]
+    rows: tuple[Mapping[str, Any], ...] = ()
+    names: Mapping[str, str] = {}
+    readers: Mapping[str, str] = {}
     if isinstance(settings, MriSettings):
-        volumes = [file for file in kept if file.name.lower().endswith(VOLUMES)]
-        ignored += set(kept) - set(volumes)
-        scenes, rejected = scan_volumes(volumes, folder, settings)
-        readers: Mapping[str, str] = {}
-        notes: tuple[str, ...] = ()
+        volumes = scan_volumes(kept, folder, settings)
+        ignored += volumes.ignored
+        scenes, rejected, notes, rows, names = volumes.scenes, volumes.rejected, volumes.notes, volumes.rows, volumes.names
     else:
         images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored
@@ -102,6 +105,8 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         len(found),
         readers,
         (*notes, *_not_asked_for(unwanted)),
+        rows,
+        names,
     )
     _check(catalogue, settings.kind)
     return catalogue
@@ -128,7 +133,7 @@ def every_file(root: Path) -> list[Path]:
 
 
 def _check(catalogue: Catalogue, kind: str) -> None:
-    total = catalogue.num_used + len(catalogue.rejected) + len(catalogue.ignored)
+    total = catalogue.num_used + sum(item.num_files for item in catalogue.rejected) + len(catalogue.ignored)
     if total != catalogue.num_files:
         raise AssertionError(f"the catalogue of {catalogue.root} lost files: {total} accounted of {catalogue.num_files}")
     if not catalogue.scenes:

@@ -100,6 +100,7 @@ class RasterScene:
     resampling: Resampling = "bilinear"
     documents: tuple[Path, ...] = ()
     label_suffix: str = field(default=".tif", init=False)
+    voxel_digests: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:

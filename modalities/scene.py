@@ -18,7 +18,15 @@ from modalities.grid import Grid, Window
 
 
 class SceneError(ValueError):
-    """A file cannot be used. The message names the file, what came, what was wanted and what to do."""
+    """A file cannot be used. The message names the file, what came, what was wanted and what to do.
+
+    Attributes:
+        code: The reason in one word that programs count by (`truncated`, `sheared`); empty where there is none.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class AdapterSettings(BaseModel):
@@ -56,14 +64,18 @@ class Channel:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that was found and cannot be used, with the reason. `file` is relative to the scanned folder.
+    """A file that was found and cannot be used, with the reason. `file` is relative to the scanned folder; of scans, a pseudonym.
 
     `unwanted`: It could be, but its channel was not asked for, while others of its scene are; a catalogue ignores it.
+    `code`: The reason in one word, as in `SceneError`.
+    `num_files`: How many files this stands for: a series of slices is refused as one.
     """
 
     file: str
     reason: str
     unwanted: bool = False
+    code: str = ""
+    num_files: int = 1
 
 
 class LabelMap(Protocol):
@@ -116,6 +128,11 @@ class Scene(Protocol):
 
         Empty where it is not known, and always for patients, whose dates leave no archive.
         """
+        ...
+
+    @property
+    def voxel_digests(self) -> tuple[str, ...]:
+        """Of all values as they were measured, one per scan that it is made of, whatever their files are called; empty for images."""
         ...
 
     @property

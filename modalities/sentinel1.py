@@ -105,6 +105,7 @@ class Sentinel1Scene:
     floor_db: float = -50.0
     border_noise_db: float | None = -30.0
     label_suffix: str = field(default=".tif", init=False)
+    voxel_digests: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:

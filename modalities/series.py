@@ -103,6 +103,11 @@ class SeriesScene:
         return tuple(image.times[0] for image in self.images)
 
     @property
+    def voxel_digests(self) -> tuple[str, ...]:
+        """None: images are told apart by their place."""
+        return ()
+
+    @property
     def dtype(self) -> np.dtype[np.generic]:
         """That all dates fit in; float32 for physical values."""
         common = np.result_type(*(image.dtype for image in self.images))

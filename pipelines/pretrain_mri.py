@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from modalities.nifti import MriSettings
+from modalities.medical import MriSettings
 from pipelines.command_line import run
 from pipelines.from_archive import EXPECTED_ERRORS, ArchiveRecipe, check_archive, pretrain_archive
 from pipelines.preparation import PrepareSettings

@@ -35,6 +35,7 @@ class SyntheticScene:
     damaged: int | None = None
     blocks_of: tuple[int, ...] | None = None
     times: tuple[str, ...] = ()
+    voxel_digests: tuple[str, ...] = ()
 
     @property
     def block(self) -> tuple[int, ...]:

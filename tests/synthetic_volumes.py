@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from modalities.nifti import MriSettings, VolumeScene, scan_volumes
+from modalities.medical import MriSettings
+from modalities.scene import Rejected
+from modalities.volume import VolumeScene
+from modalities.volume_scan import scan_volumes
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where real files lie on machines that have them, beside the repository."""
@@ -60,18 +63,25 @@ def head(size: int = 24, seed: int = 0) -> NDArray[np.float32]:
     return np.where(radius < size * 0.1, 1.0, values).astype(np.float32)
 
 
+def split_scan(files: Sequence[Path], folder: Path, settings: MriSettings = NATIVE) -> tuple[list[VolumeScene], list[Rejected]]:
+    """Scenes and what was rejected, of a scan."""
+    found = scan_volumes(files, folder, settings)
+    return list(found.scenes), list(found.rejected)
+
+
 def scan_one(path: Path, settings: MriSettings = NATIVE) -> VolumeScene:
     """The scene of a file that has to be usable."""
-    scenes, rejected = scan_volumes([path], path.parent, settings)
+    scenes, rejected = split_scan([path], path.parent, settings)
     assert not rejected, rejected
     return scenes[0]
 
 
 def reason(path: Path, settings: MriSettings = NATIVE) -> str:
     """Why a file that must not be usable is rejected."""
-    scenes, rejected = scan_volumes([path], path.parent, settings)
+    scenes, rejected = split_scan([path], path.parent, settings)
     assert not scenes
-    assert rejected[0].file == path.name
+    assert rejected[0].file.startswith("file-"), "a pseudonym"
+    assert path.name not in rejected[0].reason
     return rejected[0].reason
 
 

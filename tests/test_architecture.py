@@ -44,7 +44,6 @@ HOMES = {
     ],
     "pyogrio": ["modalities/label_file.py"],
     "nibabel": [
-        "modalities/nifti.py",
         "modalities/nifti_file.py",
         "modalities/samples.py",
         "modalities/tile_file.py",
@@ -55,7 +54,6 @@ HOMES = {
         "modalities/class_band.py",
         "pipelines/ground_check.py",
         "modalities/label_matrix.py",
-        "modalities/nifti.py",
         "modalities/intensity.py",
         "modalities/spacing.py",
     ],

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from modalities.catalogue import scan
-from modalities.nifti import MriSettings, _Recent
+from modalities.medical import MriSettings
 from modalities.sentinel2 import Sentinel2Settings
+from modalities.volume import Recent
 from tests.synthetic_rasters import scene_of, write_world
 from tests.synthetic_volumes import head, save_volume
 
@@ -39,7 +40,7 @@ def test_a_volume_is_one_block_at_the_spacing_of_the_scene(tmp_path: Path) -> No
 
 def test_no_more_than_one_volume_is_kept_while_another_is_read() -> None:
     """Else the second volume of a worker would need more memory than the first."""
-    recent: _Recent[np.ndarray] = _Recent()
+    recent: Recent[np.ndarray] = Recent()
     first = weakref.ref(recent.get("a", lambda: np.zeros(3)))
     assert first() is recent.get("a", lambda: np.ones(3))
     gone: list[bool] = []

@@ -13,7 +13,7 @@ from rasterio import Affine
 
 from modalities.catalogue import scan
 from modalities.labels import match_labels
-from modalities.nifti import MriSettings
+from modalities.medical import MriSettings
 from modalities.raster import RasterSettings
 from modalities.scene import SceneError
 from modalities.sentinel2 import Sentinel2Settings

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from modalities.nifti import MriSettings, scan_volumes
+from modalities.medical import MriSettings
 from modalities.quality import Quality
 from modalities.scene import SceneError
 from tests.synthetic_volumes import (
@@ -26,6 +26,7 @@ from tests.synthetic_volumes import (
     orientations,
     save_volume,
     scan_one,
+    split_scan,
     texture,
     turned,
     world,
@@ -106,7 +107,7 @@ def test_a_sform_that_disagrees_with_the_qform_is_used_and_flagged(tmp_path: Pat
 @needs_real
 def test_real_orientations_give_one_array() -> None:
     folder = REAL / "odd" / "nifti_orientations"
-    scenes, rejected = scan_volumes(sorted(folder.rglob("*.nii.gz")), folder, NATIVE)
+    scenes, rejected = split_scan(sorted(folder.rglob("*.nii.gz")), folder, NATIVE)
     assert (len(scenes), rejected) == (8, [])
     first = scenes[0].read(scenes[0].grid.full)
     for scene in scenes[1:]:
@@ -236,7 +237,7 @@ def test_nothing_of_file_name_or_header_text_leaves_the_scan(tmp_path: Path) -> 
     path = save_volume(
         folder / "MILLER_T1w.nii.gz", head(), descrip=b"MILLER^ANNA", db_name=b"MILLER", aux_file=b"MILLER", intent_name=b"MILLER"
     )
-    (scene,), _ = scan_volumes([path], tmp_path, NATIVE)
+    (scene,), _ = split_scan([path], tmp_path, NATIVE)
     scene.write_labels(folder / "out.nii.gz", np.ones(scene.grid.space, np.uint8), 0)
     told = repr(scene) + repr(scene.open_labels(folder / "out.nii.gz")) + str(gzip.decompress((folder / "out.nii.gz").read_bytes()))
     for secret in ("miller", "anna", "1967"):

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from modalities.nifti import MriSettings, scan_volumes
+from modalities.medical import MriSettings
 from modalities.scene import SceneError, fingerprint
 from tests.synthetic_volumes import (
     OBLIQUE,
@@ -22,6 +22,7 @@ from tests.synthetic_volumes import (
     orientations,
     save_volume,
     scan_one,
+    split_scan,
     texture,
     turned,
     world,
@@ -143,7 +144,7 @@ def test_anisotropic_labels_survive_the_way_there_and_back(tmp_path: Path, spaci
 def test_real_hippocampus_crops_scan_whole_and_labels_return_bit_for_bit(tmp_path: Path) -> None:
     folder = REAL / "mri" / "msd_hippocampus"
     files = sorted(folder.glob("*/hippocampus_0*.nii.gz"))
-    scenes, rejected = scan_volumes(files, folder, MriSettings())
+    scenes, rejected = split_scan(files, folder, MriSettings())
     images = [file for file in files if file.parent.name == "images"]
     assert [scene.files[0] for scene in scenes] == images
     assert {item.reason.split(";")[0] for item in rejected} == {"looks like a label map (3 values)"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from modalities.nifti import MriSettings, scan_volumes
+from modalities.medical import MriSettings
 from tests.synthetic_volumes import (
     NATIVE,
     REAL,
@@ -21,6 +21,7 @@ from tests.synthetic_volumes import (
     reason,
     save_volume,
     scan_one,
+    split_scan,
     texture,
 )
 
@@ -42,14 +43,14 @@ from tests.synthetic_volumes import (
 )
 def test_files_of_a_patient_share_a_group(tmp_path: Path, one: str, other: str, same: bool) -> None:
     files = [save_volume(tmp_path / name, texture((5, 5, 5))) for name in (one, other)]
-    scenes, _ = scan_volumes(files, tmp_path, NATIVE)
+    scenes, _ = split_scan(files, tmp_path, NATIVE)
     assert (scenes[0].group == scenes[1].group) is same
     assert scenes[0].name != scenes[1].name
 
 
 def test_pattern_and_sequence_can_be_set(tmp_path: Path) -> None:
     files = [save_volume(tmp_path / name, texture((5, 5, 5))) for name in ("x_77_a_T2.nii", "y_77_b.nii")]
-    scenes, _ = scan_volumes(files, tmp_path, MriSettings(group_pattern=r"_(\d+)_", sequence="T1ce", spacing_mm=None))
+    scenes, _ = split_scan(files, tmp_path, MriSettings(group_pattern=r"_(\d+)_", sequence="T1ce", spacing_mm=None))
     assert scenes[0].group == scenes[1].group
     assert [scene.channels[0].name for scene in scenes] == ["T1ce", "T1ce"]
 
@@ -76,7 +77,7 @@ def test_sequence_comes_from_the_file_name(tmp_path: Path, name: str, sequence: 
 
 
 def test_names_and_groups_are_the_same_on_every_machine(tmp_path: Path) -> None:
-    scenes, _ = scan_volumes([save_volume(tmp_path / "a" / "sub-01_T1w.nii.gz", texture((5, 5, 5)))], tmp_path, NATIVE)
+    scenes, _ = split_scan([save_volume(tmp_path / "a" / "sub-01_T1w.nii.gz", texture((5, 5, 5)))], tmp_path, NATIVE)
     assert (scenes[0].name, scenes[0].group) == ("scan-f52efb576863", "subject-321a36107d1d")
 
 
@@ -182,7 +183,7 @@ def test_unknown_orientation_is_flagged_or_rejected_never_silent(tmp_path: Path)
 def test_good_and_bad_files_are_told_apart_and_none_is_lost(tmp_path: Path) -> None:
     files = [save_volume(tmp_path / f"{i}.nii.gz", texture((5, 5, 5), i)) for i in range(4)]
     broken(files[2], lambda data: data[:-20])
-    scenes, rejected = scan_volumes(files, tmp_path, NATIVE)
+    scenes, rejected = split_scan(files, tmp_path, NATIVE)
     assert [scene.files[0].name for scene in scenes] == ["0.nii.gz", "1.nii.gz", "3.nii.gz"]
     assert [item.file for item in rejected] == ["2.nii.gz"]
 
@@ -197,7 +198,7 @@ def test_a_fourth_axis_of_one_is_no_axis(tmp_path: Path) -> None:
 def test_real_odd_volumes_are_used_or_rejected_for_the_right_reason() -> None:
     folder = REAL / "odd" / "nibabel"
     files = sorted([*folder.glob("*.nii"), *folder.glob("*.nii.gz")])
-    scenes, rejected = scan_volumes(files, folder, MriSettings())
+    scenes, rejected = split_scan(files, folder, MriSettings())
     assert [scene.files[0].name for scene in scenes] == ["anatomical.nii"]
     assert scenes[0].dtype == np.int16
     assert scenes[0].grid.space == (65, 81, 49)
@@ -212,6 +213,6 @@ def test_real_odd_volumes_are_used_or_rejected_for_the_right_reason() -> None:
 @needs_real
 def test_real_labels_without_an_image_are_told_by_their_look() -> None:
     folder = REAL / "odd" / "hippocampus_unpaired"
-    scenes, rejected = scan_volumes([folder / "labels" / "hippocampus_010.nii.gz"], folder, MriSettings())
+    scenes, rejected = split_scan([folder / "labels" / "hippocampus_010.nii.gz"], folder, MriSettings())
     assert scenes == []
     assert "looks like a label map (3 values)" in rejected[0].reason

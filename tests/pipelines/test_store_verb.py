@@ -24,7 +24,7 @@ from mae_core.store_check import check_store
 from mae_core.store_folder import sha256_of, store_digest
 from mae_core.store_view import write_view
 from modalities.catalogue import Catalogue, scan
-from modalities.nifti import MriSettings
+from modalities.medical import MriSettings
 from modalities.nifti_file import read_header
 from modalities.raster import RasterSettings
 from modalities.raster_file import opened

@@ -1,0 +1,62 @@
+"""How an archive of scans is read: settings that all of its formats share."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from modalities.nifti_file import MAX_SPACING_MM, MIN_SPACING_MM
+from modalities.scene import AdapterSettings
+
+
+class VolumeSettings(AdapterSettings):
+    """How a folder of volumes is read, whatever was measured.
+
+    Attributes:
+        spacing_mm: Spacing of the scenes along the axes that lie closest to R, A and S; None keeps each file's own.
+        exclude: Patterns of file names or relative paths to leave out, as in a shell.
+        group_pattern: Regular expression, searched in the relative path of a NIfTI file; its first group that matches names the patient,
+            whatever the case. Where nothing matches, the path without its sequence (`T1`, `FLAIR`…) does.
+        min_planes: Fewest voxels on an axis of a usable volume.
+        orientation_unknown: What to do where sform and qform code are both 0: reject, or use the affine that nibabel
+            assumes (left-handed, centred) and flag the scene `orientation_unknown`.
+        max_voxels: Most voxels of a volume as stored and as resampled; looked at before any data is read.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
+    exclude: tuple[str, ...] = ()
+    group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
+    min_planes: int = Field(default=5, ge=1)
+    orientation_unknown: Literal["reject", "use_affine"] = "use_affine"
+    max_voxels: int = Field(default=1 << 28, ge=1)
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _spacing(cls, value: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
+            raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
+        return value
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if not groups:
+            raise ValueError("it needs a group in parentheses around what names the patient")
+        return value
+
+
+class MriSettings(VolumeSettings):
+    """How an archive of MRI is read.
+
+    Attributes:
+        sequence: Channel name of all files; None takes it from each file's name (`MR` where there is none).
+    """
+
+    kind: Literal["mri"] = "mri"
+    sequence: str | None = Field(default=None, min_length=1)
