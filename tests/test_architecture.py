@@ -49,7 +49,8 @@ HOMES = {
         "modalities/tile_file.py",
         "pipelines/benchmark_ceiling.py",
     ],
-    "pydicom": ["modalities/dicom.py"],
+    "pydicom": ["modalities/dicom.py", "modalities/dicom_file.py", "modalities/dicom_pixels.py"],
+    "highdicom": ["modalities/dicom_seg.py"],
     "scipy": [
         "modalities/class_band.py",
         "pipelines/ground_check.py",
