@@ -114,16 +114,18 @@ def read_stored(path: Path, header: VolumeHeader) -> NDArray[np.generic]:
     size = path.stat().st_size
     with _stream(path) as (stream, is_gzip):
         if is_gzip and wanted > size * MAX_GZIP_GAIN:
-            raise SceneError(f"the header states {wanted} bytes, which {size} bytes of gzip cannot hold")
+            raise SceneError(f"the header states {wanted} bytes, which {size} bytes of gzip cannot hold", "impossible_size")
         if not is_gzip and header.data_offset + wanted > size:
-            raise SceneError(f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again")
+            raise SceneError(
+                f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again", "truncated"
+            )
         stream.seek(header.data_offset)
         data = stream.read(wanted)
         trailing = stream.read(MAX_TRAILING_BYTES + 1)
     if len(data) < wanted:
-        raise SceneError(f"truncated: {len(data)} of {wanted} bytes of voxels; copy it again")
+        raise SceneError(f"truncated: {len(data)} of {wanted} bytes of voxels; copy it again", "truncated")
     if len(trailing) > MAX_TRAILING_BYTES:
-        raise SceneError(f"more than {MAX_TRAILING_BYTES} bytes follow the {wanted} that the header states")
+        raise SceneError(f"more than {MAX_TRAILING_BYTES} bytes follow the {wanted} that the header states", "trailing_bytes")
     values = np.frombuffer(data, dtype).reshape(header.space, order="F")
     wide = dtype.kind == "f" and dtype.itemsize > 4
     with np.errstate(over="ignore"):
@@ -173,40 +175,40 @@ def _unpack_header(path: Path) -> Any:
                 raw = kind(block[:size], endianness=code, check=False)
                 magic = bytes(raw["magic"])
                 if magic.startswith((b"ni1", b"ni2")):
-                    raise SceneError("half of a .hdr/.img pair, not a single NIfTI file; convert it to .nii.gz")
+                    raise SceneError("half of a .hdr/.img pair, not a single NIfTI file; convert it to .nii.gz", "half_pair")
                 if magic.startswith((b"n+1", b"n+2")):
                     return raw
-    raise SceneError("not NIfTI: no NIfTI-1 or NIfTI-2 header at its beginning")
+    raise SceneError("not NIfTI: no NIfTI-1 or NIfTI-2 header at its beginning", "not_nifti")
 
 
 def _understand(raw: Any) -> VolumeHeader:
     dims = [int(v) for v in raw["dim"]]
     if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise SceneError(f"the header's dim {dims} is no array shape")
+        raise SceneError(f"the header's dim {dims} is no array shape", "bad_dim")
     shape = dims[1 : dims[0] + 1]
     extra = int(np.prod(shape[3:], dtype=object))
     if extra > 1:
-        raise SceneError(f"{len(shape)}-D with {extra} volumes: split it")
+        raise SceneError(f"{len(shape)}-D with {extra} volumes: split it", "four_d" if len(shape) == 4 else "five_d")
     if len(shape) < 3:
-        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}; a volume has three axes")
+        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}; a volume has three axes", "two_d")
     try:
         dtype = raw.get_data_dtype()
         affine = np.asarray(raw.get_best_affine(), dtype=np.float64)
         codes = int(raw["sform_code"]), int(raw["qform_code"])
         disagree = all(codes) and _distance(affine, raw.get_qform(), shape[:3]) > MAX_DISAGREEMENT_MM
     except KeyError as error:
-        raise SceneError(f"the header is damaged: no voxel type has the number {error}") from error
+        raise SceneError(f"the header is damaged: no voxel type has the number {error}", "damaged_header") from error
     except (HeaderDataError, ValueError) as error:
-        raise SceneError(f"the header is damaged: {error}") from error
+        raise SceneError(f"the header is damaged: {error}", "damaged_header") from error
     if dtype.kind not in "iuf":
-        raise SceneError(f"voxels of type {dtype} are not supported; real numbers are wanted")
+        raise SceneError(f"voxels of type {dtype} are not supported; real numbers are wanted", "voxel_type")
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(raw["xyzt_units"]) & 7, 1.0)
     _check_place(affine, raw["pixdim"][1:4])
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     slope, intercept = (1.0, 0.0) if np.isnan(slope) or slope == 0 else (slope, 0.0 if np.isnan(intercept) else intercept)
     offset = float(raw["vox_offset"])
     if not (np.isfinite([slope, intercept, offset]).all() and 0 <= offset <= 1 << 26):
-        raise SceneError(f"the header is damaged: slope {slope}, intercept {intercept}, data at byte {offset}")
+        raise SceneError(f"the header is damaged: slope {slope}, intercept {intercept}, data at byte {offset}", "damaged_header")
     flags = ["orientation_unknown"] * (not any(codes)) + ["sform_qform_disagree"] * disagree
     rows = tuple(tuple(float(v) for v in row) for row in affine)
     return VolumeHeader(tuple(shape[:3]), rows, dtype.str, slope, intercept, max(int(offset), raw.single_vox_offset), tuple(flags))
@@ -214,18 +216,22 @@ def _understand(raw: Any) -> VolumeHeader:
 
 def _check_place(affine: NDArray[np.float64], pixdim: NDArray[np.floating]) -> None:
     if not np.isfinite(affine).all():
-        raise SceneError("the affine is not finite; repair the header")
+        raise SceneError("the affine is not finite; repair the header", "bad_affine")
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-        raise SceneError(f"pixdim {pixdim.tolist()} is zero, negative or not finite; repair the header")
+        raise SceneError(f"pixdim {pixdim.tolist()} is zero, negative or not finite; repair the header", "bad_pixdim")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     axes = affine[:3, :3] / np.where(spacing > 0, spacing, 1)
     if abs(np.linalg.det(axes)) < 1e-3:
-        raise SceneError(f"the affine cannot be inverted: {affine[:3].round(4).tolist()}; repair the header")
+        raise SceneError(f"the affine cannot be inverted: {affine[:3].round(4).tolist()}; repair the header", "bad_affine")
     if spacing.min() < MIN_SPACING_MM or spacing.max() > MAX_SPACING_MM:
-        raise SceneError(f"spacing {spacing.round(4).tolist()} mm is not between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
+        raise SceneError(
+            f"spacing {spacing.round(4).tolist()} mm is not between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm", "absurd_spacing"
+        )
     shear = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if shear > MAX_SHEAR:
-        raise SceneError(f"the affine is sheared: the cosine between two axes is {shear:.3f}, at most {MAX_SHEAR} is allowed; resample it")
+        raise SceneError(
+            f"the affine is sheared: the cosine between two axes is {shear:.3f}, at most {MAX_SHEAR} is allowed; resample it", "sheared"
+        )
 
 
 def _distance(one: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:

@@ -99,26 +99,37 @@ class Refused:
 
 @dataclass(frozen=True)
 class VolumeLabels:
-    """Class numbers of a label volume on the grid of a scene. A label of -1 in the file means none."""
+    """Class numbers of a label volume on the grid of a scene. A label of -1 in the file means none.
+
+    Attributes:
+        path: The file.
+        name: What errors call it.
+        header, source: Of the file and of the scene's first source.
+        respacing: Of the scene.
+    """
 
     path: Path = field(repr=False)
+    name: str
     header: VolumeHeader
     source: VolumeHeader
     respacing: Respacing
 
     def read(self, window: Window) -> NDArray[np.int64]:
         """See `LabelMap.read`."""
-        with about("the labels"):
+        with about(self.name):
             labels = _LABELS.get((*_stamps((self.path,)), self), self._load)
             return labels[inside(window, labels.shape)].astype(np.int64)
 
     def native(self) -> NDArray[np.generic]:
         """Class numbers in the order and on the lattice of the scene's source, not resampled."""
-        with about("the labels"):
-            return self.header.to_order_of(self.source, self._stored())
+        with about(self.name):
+            return self._native()
 
     def _load(self) -> NDArray[np.generic]:
-        return self.respacing.nearest(self.source.to_canonical(self.native()))
+        return self.respacing.nearest(self.source.to_canonical(self._native()))
+
+    def _native(self) -> NDArray[np.generic]:
+        return self.header.to_order_of(self.source, self._stored())
 
     def _stored(self) -> NDArray[np.generic]:
         values = read_stored(self.path, self.header)
@@ -196,7 +207,8 @@ class VolumeScene:
 
     def open_labels(self, path: Path) -> VolumeLabels:
         """See `Scene.open_labels`; the labels may be stored in another orientation of the image's lattice."""
-        with about(f"labels of {self.name}"):
+        name = f"labels of {self.name}"
+        with about(name):
             header = read_header(path)
             if not header.covers(self.header):
                 raise SceneError(
@@ -204,8 +216,8 @@ class VolumeScene:
                     f"affine {self.header.short}; resample them to the image with nearest neighbour",
                     "labels_elsewhere",
                 )
-            labels = VolumeLabels(path, header, self.header, self.respacing)
-            labels.read(tuple(slice(0, 1) for _ in self.grid.space))
+        labels = VolumeLabels(path, name, header, self.header, self.respacing)
+        labels.read(tuple(slice(0, 1) for _ in self.grid.space))
         return labels
 
     def native(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:

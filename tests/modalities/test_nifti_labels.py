@@ -64,19 +64,22 @@ def test_labels_that_do_not_belong_are_an_error_that_says_why(tmp_path: Path) ->
     shifted = np.eye(4)
     shifted[0, 3] = 0.5
     other = (
-        r"^l\.nii\.gz: labels of shape .* with affine \[\[1.0, 0.0, 0.0, {}\], .* lie on another grid than a\.nii\.gz "
+        r"^labels of scan-[0-9a-f]{{16}}: shape .* with affine \[\[1.0, 0.0, 0.0, {}\], .* is another grid than the image's "
         r"of shape \(9, 7, 8\) .*resample them"
     )
-    with pytest.raises(SceneError, match=other.format("0.5")):
+    with pytest.raises(SceneError, match=other.format("0.5")) as elsewhere:
         scene.open_labels(save_volume(tmp_path / "l.nii.gz", ones, shifted))
+    assert elsewhere.value.code == "labels_elsewhere"
     with pytest.raises(SceneError, match=other.format("0.0")):
         scene.open_labels(save_volume(tmp_path / "l.nii.gz", ones[1:]))
     for wrong in (0.5, np.nan, np.inf):
-        with pytest.raises(SceneError, match=r"^l\.nii\.gz: 504 voxels hold no whole number, but labels are class numbers"):
+        with pytest.raises(
+            SceneError, match=r"^labels of scan-[0-9a-f]{16}: 504 voxels hold no whole number, but labels are class numbers"
+        ):
             scene.open_labels(save_volume(tmp_path / "l.nii.gz", np.full(SPACE, wrong, np.float32)))
-    with pytest.raises(SceneError, match=r"^l\.nii\.gz: truncated"):
+    with pytest.raises(SceneError, match=r"^labels of scan-[0-9a-f]{16}: truncated"):
         scene.open_labels(broken(save_volume(tmp_path / "l.nii.gz", ones), lambda data: data[:-9]))
-    with pytest.raises(SceneError, match=r"^gone\.nii: cannot be read: No such file"):
+    with pytest.raises(SceneError, match=r"^labels of scan-[0-9a-f]{16}: cannot be read: No such file or directory$"):
         scene.open_labels(tmp_path / "gone.nii")
 
 
@@ -171,5 +174,5 @@ def test_real_slab_in_psr_order_takes_its_float_labels(tmp_path: Path) -> None:
     assert nib.aff2axcodes(written.affine) == ("P", "S", "R")
     assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (1, 2)
     assert np.array_equal(written.get_fdata(), nib.load(folder / "slist1.nii.gz").get_fdata())
-    with pytest.raises(SceneError, match="lie on another grid"):
+    with pytest.raises(SceneError, match="is another grid than the image's"):
         scene.open_labels(REAL / "odd" / "hippocampus_unpaired" / "labels" / "hippocampus_010.nii.gz")

@@ -78,7 +78,7 @@ def test_sequence_comes_from_the_file_name(tmp_path: Path, name: str, sequence: 
 
 def test_names_and_groups_are_the_same_on_every_machine(tmp_path: Path) -> None:
     scenes, _ = split_scan([save_volume(tmp_path / "a" / "sub-01_T1w.nii.gz", texture((5, 5, 5)))], tmp_path, NATIVE)
-    assert (scenes[0].name, scenes[0].group) == ("scan-f52efb576863", "subject-321a36107d1d")
+    assert (scenes[0].name, scenes[0].group) == ("scan-07fb62301b0034b0", "subject-eb30e25c96bfe1fc")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_good_and_bad_files_are_told_apart_and_none_is_lost(tmp_path: Path) -> N
     broken(files[2], lambda data: data[:-20])
     scenes, rejected = split_scan(files, tmp_path, NATIVE)
     assert [scene.files[0].name for scene in scenes] == ["0.nii.gz", "1.nii.gz", "3.nii.gz"]
-    assert [item.file for item in rejected] == ["2.nii.gz"]
+    assert [(item.file[:5], item.code) for item in rejected] == [("file-", "truncated")]
 
 
 def test_a_fourth_axis_of_one_is_no_axis(tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ def test_real_odd_volumes_are_used_or_rejected_for_the_right_reason() -> None:
     assert [scene.files[0].name for scene in scenes] == ["anatomical.nii"]
     assert scenes[0].dtype == np.int16
     assert scenes[0].grid.space == (65, 81, 49)
-    assert {item.file: item.reason for item in rejected} == {
-        "example4d.nii.gz": "4-D with 2 volumes: split it",
-        "example_nifti2.nii.gz": "4-D with 2 volumes: split it",
-        "functional.nii": "4-D with 20 volumes: split it",
-        "standard.nii.gz": "4 planes on an axis of (4, 5, 7); min_planes is 5",
-    }
+    assert sorted(item.reason for item in rejected) == [
+        "4 planes on an axis of (4, 5, 7); min_planes is 5",
+        "4-D with 2 volumes: split it",
+        "4-D with 2 volumes: split it",
+        "4-D with 20 volumes: split it",
+    ]
 
 
 @needs_real

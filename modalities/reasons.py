@@ -1,0 +1,59 @@
+"""Why a scan is not used, or used with a flag: every reason code with its meaning and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reason:
+    """What a code says.
+
+    Attributes:
+        meaning: In one line.
+        remedy: What to do about it.
+    """
+
+    meaning: str
+    remedy: str
+
+
+_COPY = "copy the file again from where it came"
+_REPAIR = "repair the header, or convert the scan again from its DICOM files"
+_EXCLUDE = "nothing, or exclude it (reader.exclude)"
+
+REASONS = {
+    "absurd_spacing": Reason("A voxel is smaller than 0.01 mm or larger than 100 mm", _REPAIR),
+    "bad_affine": Reason("The affine holds no numbers, or two axes of it fall together", _REPAIR),
+    "bad_dim": Reason("The header states no shape that an array can have", _COPY),
+    "bad_pixdim": Reason("A voxel size in the header is zero, negative or no number", _REPAIR),
+    "changed": Reason("The header is another than when the archive was scanned", "scan again"),
+    "constant": Reason("All voxels hold the same value", _EXCLUDE),
+    "constant_foreground": Reason("All voxels that are not air hold the same value", _EXCLUDE),
+    "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY),
+    "damaged_header": Reason("The header holds what no NIfTI header can", _COPY),
+    "few_planes": Reason("An axis has fewer voxels than reader.min_planes", "set reader.min_planes, or exclude it"),
+    "five_d": Reason("More than four axes", "split the file"),
+    "four_d": Reason("Several volumes in one file", "split the file"),
+    "half_pair": Reason("Half of a pair of a header and an image file", "convert the pair to .nii.gz"),
+    "impossible_size": Reason("The header states more voxels than the file can hold", _COPY),
+    "key": Reason("The key of the pseudonyms cannot be read, or others can read it", "set TERRAVOX_KEY_FILE, or chmod 600 the key"),
+    "labels_elsewhere": Reason("A label file lies on another grid than its scan", "resample the labels with nearest neighbour"),
+    "labels_not_whole": Reason("A label file holds values that are no class numbers", "give class numbers instead of probabilities"),
+    "looks_like_labels": Reason(
+        "It holds 16 or fewer whole numbers, as a label map does", "keep labels in a folder of their own, or exclude it"
+    ),
+    "not_finite": Reason("No voxel holds a finite number", _EXCLUDE),
+    "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY),
+    "orientation_unknown": Reason(
+        "Both sform and qform code are 0: nobody said which side is left", f"{_REPAIR}; or set the policy to use"
+    ),
+    "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid"),
+    "too_large": Reason("More voxels than reader.max_voxels, as stored or at the wanted spacing", "set reader.max_voxels, or exclude it"),
+    "trailing_bytes": Reason("More than a megabyte follows the voxels", _COPY),
+    "truncated": Reason("The file ends before its voxels do", _COPY),
+    "two_d": Reason("Fewer than three axes", _EXCLUDE),
+    "unreadable": Reason("The file cannot be opened or read", "look after the disk and the file's permissions"),
+    "voxel_type": Reason("Voxels that are no real numbers (colours, complex)", "convert it, or exclude it"),
+}
+"""By code. Codes are what programs count by; the words of a message may change."""
