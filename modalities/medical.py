@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -23,6 +23,13 @@ class VolumeSettings(AdapterSettings):
         orientation_unknown: What to do where sform and qform code are both 0: reject, or use the affine that nibabel
             assumes (left-handed, centred) and flag the scene `orientation_unknown`.
         max_voxels: Most voxels of a volume as stored and as resampled; looked at before any data is read.
+        sequences: each: every scan is a scene of its own; session: the scans of one session that lie on one lattice (equal shape, affines
+            equal within 0.001, in whatever order of axes) are one scene with a channel each. A session is what BIDS or DICOM call so,
+            else what one folder holds of a patient. A voxel that one of them has no number for counts in none.
+        other_lattice: With sequences=session, what becomes of scans on another lattice than the largest set of sequences in their
+            session: separate: scenes of their own, again with those that share theirs; refuse.
+        repeated: With sequences=session, what becomes of a second scan of a sequence on the lattice of the first by name: separate: a
+            scene of its own; refuse.
     """
 
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
@@ -31,6 +38,9 @@ class VolumeSettings(AdapterSettings):
     min_planes: int = Field(default=5, ge=1)
     orientation_unknown: Literal["reject", "use_affine"] = "use_affine"
     max_voxels: int = Field(default=1 << 28, ge=1)
+    sequences: Literal["each", "session"] = "each"
+    other_lattice: Literal["separate", "refuse"] = "separate"
+    repeated: Literal["separate", "refuse"] = "separate"
 
     @field_validator("spacing_mm")
     @classmethod
@@ -55,8 +65,12 @@ class MriSettings(VolumeSettings):
     """How an archive of MRI is read.
 
     Attributes:
-        sequence: Channel name of all files; None takes it from each file's name (`MR` where there is none).
+        sequence: Channel name of all files; None takes it from each file's name, else from a folder that is called like a sequence (`MR`
+            where there is none).
+        sequence_names: Channel names of the NIfTI files whose name or relative path fits a pattern, such as {"*mprage*": "T1w"}; the first
+            that fits goes before `sequence`.
     """
 
     kind: Literal["mri"] = "mri"
     sequence: str | None = Field(default=None, min_length=1)
+    sequence_names: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from modalities.medical import MriSettings
 from modalities.nifti_file import VolumeHeader, read_header, read_stored, write_like
-from modalities.scene import SceneError
+from modalities.scene import SceneError, matches
 from modalities.volume import Found, Refused, reasons
 
 ENDINGS = (".nii", ".nii.gz")
@@ -66,7 +66,7 @@ def find_nifti(files: Sequence[Path], folder: Path, settings: MriSettings) -> tu
         except SceneError as error:
             refused.append(Refused((file,), relative, str(error), error.code))
             continue
-        found.append(Found(source, relative, patient, "", settings.sequence or sequence_of(file.name), source.header.flags))
+        found.append(Found(source, relative, patient, "", _named_sequence(relative, settings), source.header.flags))
     return found, refused
 
 
@@ -76,11 +76,22 @@ def patient_of(relative: str, pattern: str) -> str:
     named = next((text for text in found.groups() if text), None) if found else None
     if named is not None:
         return named.casefold()
-    parts = [_TOKEN.sub("", part).strip("_-. ") for part in re.sub(r"(?i)\.nii(\.gz)?$", "", relative).split("/")]
+    return without_sequence(re.sub(r"(?i)\.nii(\.gz)?$", "", relative))
+
+
+def without_sequence(relative: str) -> str:
+    """A path without what names a sequence in it (`T1`, `FLAIR`)."""
+    parts = [_TOKEN.sub("", part).strip("_-. ") for part in relative.split("/")]
     return "/".join(part for part in parts if part)
 
 
-def sequence_of(name: str) -> str:
-    """The sequence that a file's name tells (`T1w`, `FLAIR`), else `MR`."""
-    found = _TOKEN.findall(_ENTITY.sub("", name))
+def _named_sequence(relative: str, settings: MriSettings) -> str:
+    by_glob = next((name for glob, name in settings.sequence_names.items() if matches(relative, glob)), None)
+    return by_glob or settings.sequence or sequence_of(relative)
+
+
+def sequence_of(relative: str) -> str:
+    """The sequence that a file's name tells (`T1w`, `FLAIR`), else the innermost folder that is called like one, else `MR`."""
+    *folders, name = relative.split("/")
+    found = [*(part for part in folders if part.lower() in _SEQUENCES), *_TOKEN.findall(_ENTITY.sub("", name))]
     return _SEQUENCES[found[-1].lower()] if found else "MR"

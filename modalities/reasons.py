@@ -43,10 +43,16 @@ REASONS = {
     "looks_like_labels": Reason(
         "It holds 16 or fewer whole numbers, as a label map does", "keep labels in a folder of their own, or exclude it"
     ),
+    "not_coregistered": Reason(
+        "It lies on another lattice than most sequences of its session", "register and resample it, or set reader.other_lattice=separate"
+    ),
     "not_finite": Reason("No voxel holds a finite number", _EXCLUDE),
     "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY),
     "orientation_unknown": Reason(
         "Both sform and qform code are 0: nobody said which side is left", f"{_REPAIR}; or set the policy to use"
+    ),
+    "repeated_sequence": Reason(
+        "Its session has another scan of the same sequence, which is used", "name them apart, exclude one, or set reader.repeated=separate"
     ),
     "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid"),
     "too_large": Reason("More voxels than reader.max_voxels, as stored or at the wanted spacing", "set reader.max_voxels, or exclude it"),

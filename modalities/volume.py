@@ -151,6 +151,8 @@ class VolumeScene:
 
     Oblique volumes keep their oblique axes. The lattice spans the measured voxel centres, so nothing is extrapolated
     and `Quality.OUTSIDE` does not occur. Integers stay integers; a channel's scale and offset make the normalised value.
+    `Quality.BACKGROUND` is where all scans show air; `Quality.NOT_FINITE` where any has no number, since flags are of voxels, not of
+    channels: so sequences with a smaller field of view that is filled with NaN leave what all of them have seen.
 
     Attributes:
         name, group: Pseudonyms of the scans and of the patient.

@@ -11,7 +11,7 @@ from modalities.medical import MriSettings
 from modalities.nifti import ENDINGS, find_nifti
 from modalities.pseudonyms import pseudonyms
 from modalities.scene import Rejected, SceneError
-from modalities.sessions import make_scene
+from modalities.sessions import put_together
 from modalities.volume import Refused, VolumeScene, reasons
 from modalities.volume_checks import Volume, examine
 
@@ -53,6 +53,7 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: MriSettings) -> 
                 volumes.append(examine(item, settings))
         except SceneError as error:
             refused.append(Refused(item.source.files, item.place, str(error), error.code))
-    scenes = [make_scene([volume], names) for volume in volumes]
+    together = put_together(volumes, settings, names)
+    refused += together.refused
     rejected = [Rejected(names.of("file", item.place), item.reason, item.unwanted, item.code, len(item.files)) for item in refused]
-    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored))
+    return Scanned(together.scenes, tuple(rejected), tuple(ignored), together.notes)
