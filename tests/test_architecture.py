@@ -23,7 +23,7 @@ ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "m
 ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors augment attention native vit sparse_conv encoders",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
-    "store_check loader optim parallel checkpoint export weights band_transfer published monai_export",
+    "store_check loader optim parallel checkpoint export weights band_transfer published monai_export bootstrap case_metrics",
     "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet finetune",
 }
 HOMES = {
@@ -57,6 +57,7 @@ HOMES = {
         "modalities/label_matrix.py",
         "modalities/intensity.py",
         "modalities/spacing.py",
+        "mae_core/case_metrics.py",
     ],
     "dask": ["pipelines/preparation_workers.py"],
     "distributed": ["pipelines/preparation_workers.py", "pipelines/slurm_jobs.py"],
