@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from modalities.landsat import LandsatSettings
-from modalities.medical import MriSettings
+from modalities.medical import CtSettings, MriSettings, VolumeSettings
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
@@ -24,7 +24,7 @@ from modalities.stac import files_of
 from modalities.volume_scan import scan_volumes
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
-ReaderSettings = Annotated[ImageSettings | MriSettings, Field(discriminator="kind")]
+ReaderSettings = Annotated[ImageSettings | MriSettings | CtSettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|/vsi")
@@ -63,7 +63,7 @@ class Catalogue:
         return len({file for scene in self.scenes for file in scene.files})
 
 
-def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
+def scan(root: Path, settings: ImageSettings | VolumeSettings) -> Catalogue:
     """Catalogue of a folder (searched to its depth) or of a single file.
 
     A product's metadata file stands for the product, and a STAC item for itself and the files that it leads to.
@@ -77,7 +77,7 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
     folder = root if root.is_dir() else root.parent
-    found = every_file(root) if isinstance(settings, MriSettings) else _with_described(root, folder)
+    found = every_file(root) if isinstance(settings, VolumeSettings) else _with_described(root, folder)
     kept: list[Path] = []
     ignored: list[Path] = []
     for file in found:
@@ -87,7 +87,7 @@ def scan(root: Path, settings: ImageSettings | MriSettings) -> Catalogue:
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = {}
     readers: Mapping[str, str] = {}
-    if isinstance(settings, MriSettings):
+    if isinstance(settings, VolumeSettings):
         volumes = scan_volumes(kept, folder, settings)
         ignored += volumes.ignored
         scenes, rejected, notes, rows, names = volumes.scenes, volumes.rejected, volumes.notes, volumes.rows, volumes.names

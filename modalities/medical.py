@@ -30,8 +30,18 @@ class VolumeSettings(AdapterSettings):
             session: separate: scenes of their own, again with those that share theirs; refuse.
         repeated: With sequences=session, what becomes of a second scan of a sequence on the lattice of the first by name: separate: a
             scene of its own; refuse.
+        sequence: Channel name of all files; None takes it from each file's name, else from a folder that is called like a sequence (`MR`
+            where there is none).
+        sequence_names: Channel names of the NIfTI files whose name or relative path fits a pattern, such as {"*mprage*": "T1w"}; the first
+            that fits goes before `sequence`.
+        defaced: Pattern of NIfTI files that mark the face in a scan, taken away or not (`*_desc-deface_mask.nii.gz`).
+            What they mark is in no statistic, no input, no target and no loss. How a file finds its scan: `modalities.beside`.
+        defaced_where: Whether such a file marks by what is not zero, or by zero, as those do that a scan was multiplied with.
+        anatomy: Pattern of NIfTI files that are not zero inside of the anatomy that matters (a brain). What lies outside is taken for
+            background: it is fed, and is in no statistic and no pretraining loss; intensities are normalised over what lies inside.
     """
 
+    kind: str
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     exclude: tuple[str, ...] = ()
     group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
@@ -41,6 +51,11 @@ class VolumeSettings(AdapterSettings):
     sequences: Literal["each", "session"] = "each"
     other_lattice: Literal["separate", "refuse"] = "separate"
     repeated: Literal["separate", "refuse"] = "separate"
+    sequence: str | None = Field(default=None, min_length=1)
+    sequence_names: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    defaced: str | None = Field(default=None, min_length=1)
+    defaced_where: Literal["not_zero", "zero"] = "not_zero"
+    anatomy: str | None = Field(default=None, min_length=1)
 
     @field_validator("spacing_mm")
     @classmethod
@@ -65,12 +80,29 @@ class MriSettings(VolumeSettings):
     """How an archive of MRI is read.
 
     Attributes:
-        sequence: Channel name of all files; None takes it from each file's name, else from a folder that is called like a sequence (`MR`
-            where there is none).
-        sequence_names: Channel names of the NIfTI files whose name or relative path fits a pattern, such as {"*mprage*": "T1w"}; the first
-            that fits goes before `sequence`.
+        intensity: What the values of each scan are brought to, over its foreground. zscore: mean 0 and deviation 1 of what lies between
+            the 0.5 and the 99.5 percentile. percentile: the 0.5 percentile is 0, the 99.5 is 1, and values beyond are cut to these.
     """
 
     kind: Literal["mri"] = "mri"
-    sequence: str | None = Field(default=None, min_length=1)
-    sequence_names: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    intensity: Literal["zscore", "percentile"] = "zscore"
+
+
+class CtSettings(VolumeSettings):
+    """How an archive of CT is read: in Hounsfield units (HU), the same for every scan.
+
+    Attributes:
+        window_hu: Values beyond are cut to these when a scan is read. The default holds all from air to dense bone; [-160, 240] is the
+            usual one for soft tissue, [-1000, 400] for lungs.
+    """
+
+    kind: Literal["ct"] = "ct"
+    sequence: str | None = Field(default="CT", min_length=1)
+    window_hu: tuple[float, float] = (-1000.0, 1000.0)
+
+    @field_validator("window_hu")
+    @classmethod
+    def _window(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not -1024 <= value[0] < value[1] <= 32767:
+            raise ValueError("two rising numbers from -1024 to 32767 HU are wanted")
+        return value

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from modalities.medical import MriSettings
+from modalities.medical import VolumeSettings
 from modalities.nifti_file import VolumeHeader, read_header, read_stored, write_like
 from modalities.scene import SceneError, matches
 from modalities.volume import Found, Refused, reasons
@@ -20,6 +20,7 @@ _SEQUENCES = {"t1": "T1w", "t1w": "T1w", "t2": "T2w", "t2w": "T2w", "flair": "FL
     name.lower(): name for name in ("T1ce", "T2star", "bold", "dwi", "adc", "swi", "angio")
 }
 _TOKEN = re.compile(rf"(?i)(?<![a-z0-9])({'|'.join(_SEQUENCES)})(?![a-z0-9])")
+_OTHER = re.compile(r"(?i)(?<![a-z0-9])(ct|pet)(?![a-z0-9])")
 _ENTITY = re.compile(r"(?i)(?<![a-z0-9])(space|acq|desc|from|to|ref|rec)-[a-z0-9]+")
 """BIDS entities whose value may name a sequence other than the file's."""
 
@@ -54,7 +55,7 @@ class NiftiSource:
         write_like(self.path, path, values)
 
 
-def find_nifti(files: Sequence[Path], folder: Path, settings: MriSettings) -> tuple[list[Found], list[Refused]]:
+def find_nifti(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> tuple[list[Found], list[Refused]]:
     """The volume in every NIfTI file among `files` by its header alone, and the files whose header cannot be used."""
     found, refused = [], []
     for file in files:
@@ -66,7 +67,8 @@ def find_nifti(files: Sequence[Path], folder: Path, settings: MriSettings) -> tu
         except SceneError as error:
             refused.append(Refused((file,), relative, str(error), error.code))
             continue
-        found.append(Found(source, relative, patient, "", _named_sequence(relative, settings), source.header.flags))
+        sequence = _named_sequence(relative, settings)
+        found.append(Found(source, relative, patient, "", sequence, source.header.flags, modality_of(relative)))
     return found, refused
 
 
@@ -85,7 +87,7 @@ def without_sequence(relative: str) -> str:
     return "/".join(part for part in parts if part)
 
 
-def _named_sequence(relative: str, settings: MriSettings) -> str:
+def _named_sequence(relative: str, settings: VolumeSettings) -> str:
     by_glob = next((name for glob, name in settings.sequence_names.items() if matches(relative, glob)), None)
     return by_glob or settings.sequence or sequence_of(relative)
 
@@ -95,3 +97,11 @@ def sequence_of(relative: str) -> str:
     *folders, name = relative.split("/")
     found = [*(part for part in folders if part.lower() in _SEQUENCES), *_TOKEN.findall(_ENTITY.sub("", name))]
     return _SEQUENCES[found[-1].lower()] if found else "MR"
+
+
+def modality_of(relative: str) -> str:
+    """`CT`, `PT` or `MR` where a word of a file's name, or a folder that is called like a sequence, tells it; else empty."""
+    other = _OTHER.findall(relative.rpartition("/")[2])
+    if other:
+        return {"ct": "CT", "pet": "PT"}[other[-1].lower()]
+    return "" if sequence_of(relative) == "MR" else "MR"

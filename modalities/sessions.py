@@ -98,6 +98,7 @@ def make_scene(volumes: Sequence[Volume], names: Pseudonyms) -> VolumeScene:
         name=names.of("scan", *(volume.found.place for volume in volumes)),
         group=names.of("subject", first.found.patient),
         sources=tuple(volume.found.source for volume in volumes),
+        readings=tuple(volume.reading for volume in volumes),
         grid=Grid.from_matrix(respacing.target, header.canonical.matrix @ respacing.matrix, "RAS+", "mm"),
         channels=tuple(volume.channel for volume in volumes),
         voxel_digests=tuple(volume.voxel_digest for volume in volumes),

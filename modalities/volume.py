@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modalities.grid import Grid, Window
-from modalities.intensity import foreground
 from modalities.nifti_file import VolumeHeader, read_header, read_stored
 from modalities.quality import Quality
+from modalities.reading import Canonical, Reading
 from modalities.scene import Channel, SceneError
 from modalities.spacing import Respacing
 
@@ -149,14 +149,16 @@ class VolumeLabels:
 class VolumeScene:
     """Scans of one session on one lattice, in RAS+ at the wanted spacing: see `Respacing.to` for its lattice, `linear` for values.
 
-    Oblique volumes keep their oblique axes. The lattice spans the measured voxel centres, so nothing is extrapolated
-    and `Quality.OUTSIDE` does not occur. Integers stay integers; a channel's scale and offset make the normalised value.
+    Oblique volumes keep their oblique axes. The lattice spans the measured voxel centres, so nothing is extrapolated.
+    Integers stay integers, and CT comes in HU; a channel's scale and offset make the normalised value.
     `Quality.BACKGROUND` is where all scans show air; `Quality.NOT_FINITE` where any has no number, since flags are of voxels, not of
-    channels: so sequences with a smaller field of view that is filled with NaN leave what all of them have seen.
+    channels: so sequences with a smaller field of view that is filled with NaN leave what all of them have seen. Likewise
+    `Quality.OUTSIDE`, what a CT scanner did not see, and `EXCLUDED`, a face, whose voxels hold 0.
 
     Attributes:
         name, group: Pseudonyms of the scans and of the patient.
         sources: One per channel; the first one's lattice is the scene's, before it is brought to another spacing.
+        readings: One per channel.
         voxel_digests: One per channel.
         flags: What is doubtful and used all the same: `orientation_unknown`, `sform_qform_disagree`, `not_finite`.
         num_not_finite: Voxels of the files that hold no number.
@@ -166,6 +168,7 @@ class VolumeScene:
     name: str
     group: str
     sources: tuple[VolumeSource, ...] = field(repr=False)
+    readings: tuple[Reading, ...]
     grid: Grid
     channels: tuple[Channel, ...]
     voxel_digests: tuple[str, ...]
@@ -178,7 +181,8 @@ class VolumeScene:
     @property
     def files(self) -> tuple[Path, ...]:
         """See `Scene.files`."""
-        return tuple(file for source in self.sources for file in source.files)
+        marks = [marks for reading in self.readings for marks in (reading.defaced, reading.anatomy) if marks is not None]
+        return tuple(dict.fromkeys([*(file for source in self.sources for file in source.files), *(mark.path for mark in marks)]))
 
     @property
     def header(self) -> VolumeHeader:
@@ -204,7 +208,7 @@ class VolumeScene:
         """See `Scene.read`."""
         with about(self.name):
             part = inside(window, self.grid.space)
-            values, quality = _VOLUMES.get((*_stamps(self.files), self.name, self.header, self.respacing), self._load)
+            values, quality = _VOLUMES.get((*_stamps(self.files), self.name, self.header, self.respacing, self.readings), self._load)
             return values[(slice(None), *part)].copy(), quality[part].copy()
 
     def open_labels(self, path: Path) -> VolumeLabels:
@@ -244,40 +248,26 @@ class VolumeScene:
 
     def _load(self) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
         planes, quality = [], np.full(self.grid.space, np.uint8(Quality.BACKGROUND))
-        for source in self.sources:
-            volume = canonical(source, self.header)
-            values, known = self.respacing.linear(volume.stored, volume.finite)
-            air = self.respacing.nearest(volume.finite & ~volume.body).astype(bool)
+        for source, reading in zip(self.sources, self.readings, strict=True):
+            volume = canonical(source, self.header, reading)
+            values, known = self.respacing.linear(reading.values(volume.stored, source.header), volume.known)
+            air = self.respacing.nearest(volume.known & ~volume.body)
+            outside, excluded = self.respacing.nearest(volume.outside), self.respacing.nearest(volume.excluded)
             quality[~air] &= ~np.uint8(Quality.BACKGROUND)
-            quality[~known] |= np.uint8(Quality.NOT_FINITE)
-            planes.append(values.astype(self.dtype, copy=False))
+            quality[outside] |= np.uint8(Quality.OUTSIDE)
+            quality[excluded] |= np.uint8(Quality.EXCLUDED)
+            quality[~(known | outside | excluded)] |= np.uint8(Quality.NOT_FINITE)
+            planes.append(np.where(excluded, 0, reading.cut(values)).astype(self.dtype, copy=False))
         return np.stack(planes), quality
 
 
-@dataclass(frozen=True, eq=False)
-class Canonical:
-    """The voxels of a scan in RAS+ order.
-
-    Attributes:
-        stored: As stored, with 0 for what is not finite.
-        finite: Where there is a number.
-        body: What is not air.
-    """
-
-    stored: NDArray[np.generic]
-    finite: NDArray[np.bool_]
-    body: NDArray[np.bool_]
-
-
-def canonical(source: VolumeSource, like: VolumeHeader) -> Canonical:
+def canonical(source: VolumeSource, like: VolumeHeader, reading: Reading) -> Canonical:
     """The voxels of a scan in the canonical order of a lattice that is its own or `covers` it."""
     header = source.header
     values = source.stored()
     stored = np.ascontiguousarray(like.to_canonical(values if header == like else header.to_order_of(like, values)))
-    finite = np.isfinite(stored)
-    body = foreground(stored if header.slope > 0 else -stored.astype(np.float64))
-    stored[~finite] = 0
-    return Canonical(stored, finite, body)
+    del values  # as large as the volume
+    return reading.sort(stored, like, header)
 
 
 def inside(window: Window, space: tuple[int, ...]) -> Window:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modalities.intensity import num_classes, robust_mean_std
-from modalities.medical import MriSettings
+from modalities.beside import Marks
+from modalities.hounsfield import AIR_HU, looks_like_ct
+from modalities.intensity import ends, num_classes, robust_mean_std
+from modalities.medical import CtSettings, MriSettings, VolumeSettings
+from modalities.nifti_file import VolumeHeader
+from modalities.reading import Canonical, Reading
 from modalities.scene import Channel, SceneError
 from modalities.spacing import Respacing
-from modalities.volume import Canonical, Found, canonical
+from modalities.volume import Found, canonical
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Volume:
 
     Attributes:
         found: Where it comes from.
-        channel: Its name, and how stored values are normalised.
+        reading: What becomes of its stored values.
+        channel: Its name, and how values are normalised.
         dtype: Of its values.
         respacing: From its lattice to that of its scene.
         flags: What is doubtful.
@@ -31,6 +36,7 @@ class Volume:
     """
 
     found: Found
+    reading: Reading
     channel: Channel
     dtype: np.dtype[np.generic]
     respacing: Respacing
@@ -40,8 +46,13 @@ class Volume:
     voxel_digest: str
 
 
-def examine(found: Found, settings: MriSettings) -> Volume:
+def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None, anatomy: Marks | None = None) -> Volume:
     """A volume after a look at all of its voxels.
+
+    Args:
+        found: Which.
+        settings: How it is read.
+        defaced, anatomy: Files beside it that mark its voxels.
 
     Raises:
         SceneError: It cannot be used; without any name.
@@ -59,27 +70,33 @@ def examine(found: Found, settings: MriSettings) -> Volume:
     for space, what in ((header.space, "stored"), (respacing.target, f"at {settings.spacing_mm} mm")):
         if np.prod(space, dtype=object) > settings.max_voxels:
             raise SceneError(f"{space} voxels {what} are more than max_voxels={settings.max_voxels}", "too_large")
-    volume = canonical(found.source, header)
+    reading = Reading("ct" if isinstance(settings, CtSettings) else "mri", defaced=defaced, anatomy=anatomy)
+    volume = canonical(found.source, header, reading)
     num_finite = int(np.count_nonzero(volume.finite))
-    mean, std = _brightness(volume, num_finite)
-    scale = float(np.sign(header.slope)) / std
+    _refuse_unusable(volume)
+    channel, reading = _normalised(found, volume, reading, settings)
+    doubts = [] if num_finite == volume.finite.size else ["not_finite"]
+    if not found.modality:
+        doubts += contradiction(volume, header, settings)
     return Volume(
         found=found,
-        channel=Channel(found.sequence, scale=scale, offset=-mean * scale),
-        dtype=volume.stored.dtype,
+        reading=reading,
+        channel=channel,
+        dtype=reading.values(volume.stored, header).dtype,
         respacing=respacing,
-        flags=found.flags if num_finite == volume.finite.size else (*found.flags, "not_finite"),
+        flags=(*found.flags, *doubts),
         num_not_finite=volume.finite.size - num_finite,
         foreground_fraction=float(np.count_nonzero(volume.body) / volume.body.size),
         voxel_digest=voxel_digest(volume, header.slope, header.intercept),
     )
 
 
-def _brightness(volume: Canonical, num_finite: int) -> tuple[float, float]:
-    """Mean and deviation of the stored values of the foreground."""
-    if not num_finite:
+def _refuse_unusable(volume: Canonical) -> None:
+    """Stops at a volume that holds nothing, or is no image."""
+    if not volume.finite.any():
         raise SceneError("no voxel holds a finite number", "not_finite")
-    low, high = volume.stored[volume.finite].min(), volume.stored[volume.finite].max()
+    seen = volume.stored if volume.finite.all() else volume.stored[volume.finite]
+    low, high = seen.min(), seen.max()
     if low == high:
         raise SceneError("all voxels are zero" if low == 0 else f"constant: all voxels hold {low}", "constant")
     classes = num_classes(volume.stored)
@@ -87,10 +104,37 @@ def _brightness(volume: Canonical, num_finite: int) -> tuple[float, float]:
         raise SceneError(
             f"looks like a label map ({classes} values); keep labels in a folder of their own or exclude them", "looks_like_labels"
         )
-    mean, std = robust_mean_std(volume.stored[volume.body])
-    if std == 0.0:
-        raise SceneError(f"the foreground is constant ({mean:g})", "constant_foreground")
-    return mean, std
+    if not volume.body.any():
+        raise SceneError("nothing in it is body: all of it is air, out of view, left out, or not marked as anatomy", "no_foreground")
+
+
+def _normalised(found: Found, volume: Canonical, reading: Reading, settings: VolumeSettings) -> tuple[Channel, Reading]:
+    """How its values become those that a model is fed, by the brightness of its body; and to what they are cut before."""
+    if isinstance(settings, CtSettings):
+        low, high = settings.window_hu
+        return Channel(found.sequence, unit="HU"), replace(reading, low=low, high=high)
+    is_zscore = not isinstance(settings, MriSettings) or settings.intensity == "zscore"
+    body = volume.stored[volume.body]
+    sign = float(np.sign(found.source.header.slope))
+    low, high = ends(body)
+    middle, width = robust_mean_std(body) if is_zscore else (low if sign > 0 else high, high - low)
+    if width == 0.0:
+        raise SceneError(f"the foreground is constant ({middle:g})", "constant_foreground")
+    scale = sign / width
+    if is_zscore:
+        return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="z-score"), reading
+    return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="percentile"), replace(reading, low=low, high=high)
+
+
+def contradiction(volume: Canonical, header: VolumeHeader, settings: VolumeSettings) -> list[str]:
+    """The flag of values that are not what the settings take them for; nothing is changed by it."""
+    seen = volume.stored[volume.finite & ~volume.excluded]
+    if isinstance(settings, CtSettings):
+        least = min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max()))
+        return ["looks_like_mri"] if least >= 0 else []
+    if min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max())) > AIR_HU:
+        return []
+    return ["looks_like_ct"] if looks_like_ct(seen.astype(np.float32) * header.slope + header.intercept) else []
 
 
 def voxel_digest(volume: Canonical, slope: float, intercept: float) -> str:

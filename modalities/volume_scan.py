@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modalities.medical import MriSettings
-from modalities.nifti import ENDINGS, find_nifti
+from modalities.beside import split_beside
+from modalities.medical import VolumeSettings
+from modalities.modality import intensity_notes, refuse_other
+from modalities.nifti import ENDINGS, find_nifti, patient_of
 from modalities.pseudonyms import pseudonyms
 from modalities.scene import Rejected, SceneError
 from modalities.sessions import put_together
@@ -37,23 +39,32 @@ class Scanned:
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-def scan_volumes(files: Sequence[Path], folder: Path, settings: MriSettings) -> Scanned:
+def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> Scanned:
     """A scene for every usable volume among `files`, and every other one with its reason.
 
     Reads every file to its end: the checksum of a gzip stream, numbers that are not finite and the z-score need it.
     """
     names = pseudonyms()
     nifti = [file for file in files if file.name.lower().endswith(ENDINGS)]
-    found, refused = find_nifti(nifti, folder, settings)
+    images, *beside = split_beside(nifti, folder, settings)
+    patients = {file: patient_of(file.relative_to(folder).as_posix(), settings.group_pattern) for kind in beside for file in kind.files}
+    found, refused = find_nifti(images, folder, settings)
     ignored = sorted(set(files) - set(nifti))
     volumes: list[Volume] = []
     for item in found:
         try:
             with reasons():
-                volumes.append(examine(item, settings))
+                refuse_other(item, settings)
+                defaced, anatomy = (kind.of(item.source.files[0], item.source.header, item.patient, patients) for kind in beside)
+                volumes.append(examine(item, settings, defaced, anatomy))
         except SceneError as error:
-            refused.append(Refused(item.source.files, item.place, str(error), error.code))
+            refused.append(Refused(item.source.files, item.place, str(error), error.code, error.code == "other_modality"))
     together = put_together(volumes, settings, names)
     refused += together.refused
+    used = {file for scene in together.scenes for file in scene.files}
+    for kind in beside:
+        lost = [file for file in kind.files if file not in used]
+        reason = f"marks {kind.what} of no scan that is used"
+        refused += [Refused((file,), file.relative_to(folder).as_posix(), reason, "marks_nothing") for file in lost]
     rejected = [Rejected(names.of("file", item.place), item.reason, item.unwanted, item.code, len(item.files)) for item in refused]
-    return Scanned(together.scenes, tuple(rejected), tuple(ignored), together.notes)
+    return Scanned(together.scenes, tuple(rejected), tuple(ignored), (*together.notes, *intensity_notes(volumes, settings)))

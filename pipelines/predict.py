@@ -27,7 +27,7 @@ from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.bands import PredictBandSettings, scene_matching, tell_bands
 from pipelines.command_line import run
 from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
-from pipelines.prepare import tell_catalogue
+from pipelines.prepare import VOLUMES, tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of
 
@@ -113,7 +113,7 @@ def no_label(about: Description) -> int:
     wrong = [value for value in values if not 0 <= value <= 254]
     if wrong:
         raise RunError(f"class numbers {wrong} do not fit into a label file of bytes (0 to 254); train with smaller class numbers")
-    return 0 if 0 not in values or about.modality == "mri" else 255
+    return 0 if 0 not in values or about.modality in VOLUMES else 255
 
 
 def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path, Labelled], list[Rejected], float]:

@@ -29,7 +29,8 @@ from pipelines.store_facts import tell_values, value_columns
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
 IMAGES = ("satellite", "sentinel2", "sentinel1", "landsat", "raster")
-TILES = {**dict.fromkeys(IMAGES, (128, 128)), "mri": (64, 64, 64)}
+VOLUMES = ("mri", "ct")
+TILES = {**dict.fromkeys(IMAGES, (128, 128)), **dict.fromkeys(VOLUMES, (64, 64, 64))}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 SERIES_AXES = ("time", "y", "x")
 
@@ -37,7 +38,7 @@ SERIES_AXES = ("time", "y", "x")
 class PrepareVerb(Settings):
     """Settings of `prepare`."""
 
-    modality: Literal["satellite", "sentinel2", "sentinel1", "landsat", "raster", "series", "mri"] = Field(
+    modality: Literal["satellite", "sentinel2", "sentinel1", "landsat", "raster", "series", "mri", "ct"] = Field(
         description="Which adapter reads the files"
     )
     data: Path = Field(description="Folder of files, searched to its depth, or one file")
