@@ -10,7 +10,6 @@ from modalities.scene import SceneError
 from modalities.volume import Found
 from modalities.volume_checks import Volume
 
-OTHER_MODALITY = "other_modality"
 _DOUBTS = {
     "looks_like_mri": "never go below 0, as MRI does not and CT in HU does; read MRI with kind mri, or repair the rescale intercept",
     "looks_like_ct": "hold mostly -1000, as CT in HU does; read CT with kind ct",
@@ -25,7 +24,7 @@ def refuse_other(found: Found, settings: VolumeSettings) -> None:
     """
     wanted = "CT" if isinstance(settings, CtSettings) else "MR"
     if found.modality and found.modality != wanted:
-        raise SceneError(f"it is {found.modality}, and the reader wants {wanted}", OTHER_MODALITY)
+        raise SceneError(f"it is {found.modality}, and the reader wants {wanted}", "other_modality")
 
 
 def intensity_notes(volumes: Sequence[Volume], settings: VolumeSettings) -> Iterator[str]:

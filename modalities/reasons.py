@@ -43,6 +43,11 @@ REASONS = {
     "looks_like_labels": Reason(
         "It holds 16 or fewer whole numbers, as a label map does", "keep labels in a folder of their own, or exclude it"
     ),
+    "marks_ambiguous": Reason("Several files of reader.defaced or reader.anatomy belong to it", "name them apart, or narrow the pattern"),
+    "marks_elsewhere": Reason("The file that marks its face or anatomy lies on another grid", "resample that file with nearest neighbour"),
+    "marks_most": Reason("More than half of it is marked as a face", "set reader.defaced_where to the other one"),
+    "marks_nothing": Reason("A file of reader.defaced or reader.anatomy that belongs to no scan in use", "name it after its scan"),
+    "no_foreground": Reason("Nothing in it is body", _EXCLUDE),
     "not_coregistered": Reason(
         "It lies on another lattice than most sequences of its session", "register and resample it, or set reader.other_lattice=separate"
     ),
@@ -50,6 +55,9 @@ REASONS = {
     "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY),
     "orientation_unknown": Reason(
         "Both sform and qform code are 0: nobody said which side is left", f"{_REPAIR}; or set the policy to use"
+    ),
+    "other_modality": Reason(
+        "Another modality than the reader's kind", "read it with the kind of its own (mri, ct), in a store of its own"
     ),
     "repeated_sequence": Reason(
         "Its session has another scan of the same sequence, which is used", "name them apart, exclude one, or set reader.repeated=separate"

@@ -55,6 +55,7 @@ HOMES = {
         "modalities/class_band.py",
         "pipelines/ground_check.py",
         "modalities/label_matrix.py",
+        "modalities/hounsfield.py",
         "modalities/intensity.py",
         "modalities/spacing.py",
         "mae_core/case_metrics.py",
