@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from modalities.nifti_file import MAX_SPACING_MM, MIN_SPACING_MM
 from modalities.scene import AdapterSettings
 
+Duplicates = Literal["refuse", "keep"]
+
 
 class VolumeSettings(AdapterSettings):
     """How a folder of volumes is read, whatever was measured.
@@ -39,6 +41,8 @@ class VolumeSettings(AdapterSettings):
         defaced_where: Whether such a file marks by what is not zero, or by zero, as those do that a scan was multiplied with.
         anatomy: Pattern of NIfTI files that are not zero inside of the anatomy that matters (a brain). What lies outside is taken for
             background: it is fed, and is in no statistic and no pretraining loss; intensities are normalised over what lies inside.
+        duplicates: What to do with a scan whose voxels are there under another name, in whatever order, unit or format: refuse all but
+            one, or keep them; the patients that they are of are on one side of every split in either case.
     """
 
     kind: str
@@ -56,6 +60,7 @@ class VolumeSettings(AdapterSettings):
     defaced: str | None = Field(default=None, min_length=1)
     defaced_where: Literal["not_zero", "zero"] = "not_zero"
     anatomy: str | None = Field(default=None, min_length=1)
+    duplicates: Duplicates = "refuse"
 
     @field_validator("spacing_mm")
     @classmethod

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modalities.beside import Marks
 from modalities.hounsfield import AIR_HU, looks_like_ct
@@ -17,6 +15,7 @@ from modalities.reading import Canonical, Reading
 from modalities.scene import Channel, SceneError
 from modalities.spacing import Respacing
 from modalities.volume import Found, canonical
+from modalities.voxel_digest import voxel_digest
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Volume:
         flags: What is doubtful.
         num_not_finite: Voxels without a number.
         foreground_fraction: Share that is not air.
-        voxel_digest: Of its physical values in RAS+ order.
+        voxel_digest: Of its values, whatever their order, unit and type in the file: see `modalities.voxel_digest`.
     """
 
     found: Found
@@ -87,7 +86,7 @@ def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None
         flags=(*found.flags, *doubts),
         num_not_finite=volume.finite.size - num_finite,
         foreground_fraction=float(np.count_nonzero(volume.body) / volume.body.size),
-        voxel_digest=voxel_digest(volume, header.slope, header.intercept),
+        voxel_digest=voxel_digest(volume.stored, volume.finite, header.slope, header.intercept),
     )
 
 
@@ -135,15 +134,3 @@ def contradiction(volume: Canonical, header: VolumeHeader, settings: VolumeSetti
     if min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max())) > AIR_HU:
         return []
     return ["looks_like_ct"] if looks_like_ct(seen.astype(np.float32) * header.slope + header.intercept) else []
-
-
-def voxel_digest(volume: Canonical, slope: float, intercept: float) -> str:
-    """Digest of the physical values as float32 in RAS+ order: the same for a copy under another name, in another orientation or format.
-
-    It is not keyed, so that sites can find each other's scans by it; who has the very scan can tell whether it is among those of a model.
-    """
-    digest = hashlib.blake2b(str(volume.stored.shape).encode(), digest_size=16)
-    for plane, finite in zip(volume.stored, volume.finite, strict=True):
-        physical: NDArray[np.float32] = (plane.astype(np.float64) * slope + intercept).astype(np.float32)
-        digest.update(np.ascontiguousarray(np.where(finite, physical, np.float32(np.nan)) + np.float32(0)).tobytes())
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modalities.beside import split_beside
+from modalities.duplicates import find_duplicates, in_groups
 from modalities.medical import VolumeSettings
 from modalities.modality import intensity_notes, refuse_other
 from modalities.nifti import ENDINGS, find_nifti, patient_of
@@ -59,12 +60,15 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
                 volumes.append(examine(item, settings, defaced, anatomy))
         except SceneError as error:
             refused.append(Refused(item.source.files, item.place, str(error), error.code, error.code == "other_modality"))
-    together = put_together(volumes, settings, names)
-    refused += together.refused
+    unique = find_duplicates(volumes, settings.duplicates, names)
+    together = put_together(unique.volumes, settings, names)
+    refused += [*unique.refused, *together.refused]
+    scenes = in_groups(together.scenes, unique.groups)
     used = {file for scene in together.scenes for file in scene.files}
     for kind in beside:
         lost = [file for file in kind.files if file not in used]
         reason = f"marks {kind.what} of no scan that is used"
         refused += [Refused((file,), file.relative_to(folder).as_posix(), reason, "marks_nothing") for file in lost]
     rejected = [Rejected(names.of("file", item.place), item.reason, item.unwanted, item.code, len(item.files)) for item in refused]
-    return Scanned(together.scenes, tuple(rejected), tuple(ignored), (*together.notes, *intensity_notes(volumes, settings)))
+    notes = (*together.notes, *unique.notes, *intensity_notes(volumes, settings))
+    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes)

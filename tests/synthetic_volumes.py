@@ -28,7 +28,8 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data"
 
 SPACE = (9, 7, 8)
 
-NATIVE = MriSettings(spacing_mm=None)
+NATIVE = MriSettings(spacing_mm=None, duplicates="keep")
+"""Files of tests are often copies of one another."""
 
 
 def save_volume(path: Path, values: NDArray[Any], affine: NDArray[Any] | None = None, version: int = 1, **fields: Any) -> Path:

@@ -1,0 +1,92 @@
+"""Scans that are there more than once, and patients who are one because their scans are: found by voxel digest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from modalities.medical import Duplicates
+from modalities.pseudonyms import Pseudonyms
+from modalities.volume import Refused, VolumeScene
+from modalities.volume_checks import Volume
+
+
+@dataclass(frozen=True)
+class Unique:
+    """The volumes of an archive after its copies were found.
+
+    Attributes:
+        volumes: Those that are used.
+        refused: Copies that are not, each with the pseudonym of what is kept instead.
+        groups: What a patient is called who shares a scan with others, by the patient's own pseudonym; no other patient is in it.
+        notes: Lines to be told.
+    """
+
+    volumes: tuple[Volume, ...]
+    refused: tuple[Refused, ...]
+    groups: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def find_duplicates(volumes: Sequence[Volume], policy: Duplicates, names: Pseudonyms) -> Unique:
+    """Which volumes are copies of others, and which patients share one.
+
+    Of copies, that with the fewest doubts about its geometry is kept, and of those the first by place. Patients who share a scan are
+    one for every split; they are called by the first of their pseudonyms.
+    """
+    copies: defaultdict[str, list[Volume]] = defaultdict(list)
+    for volume in sorted(volumes, key=lambda volume: (len(volume.flags), volume.found.place)):
+        copies[volume.voxel_digest].append(volume)
+    several = [found for found in copies.values() if len(found) > 1]
+    if not several:
+        return Unique(tuple(volumes), ())
+    groups = joined([[names.of("subject", volume.found.patient) for volume in found] for found in several])
+    refused = [
+        Refused(copy.found.source.files, copy.found.place, f"the same voxels as {_scan(first, names)}, which is kept", "duplicate")
+        for first, *others in several
+        for copy in others
+        if policy == "refuse"
+    ]
+    dropped = {item.place for item in refused}
+    kept = tuple(volume for volume in volumes if volume.found.place not in dropped)
+    return Unique(kept, tuple(refused), groups, _notes(several, groups, policy))
+
+
+def joined(links: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The first name of everything that names are linked with, directly or through others; names that are alone are left out."""
+    leader: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    for one, *others in links:
+        for other in others:
+            low, high = sorted((first(one), first(other)))
+            leader[high] = low
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for name in leader:
+        members[first(name)].append(name)
+    return {name: group for group, found in members.items() if len(found) > 1 for name in found}
+
+
+def in_groups(scenes: Sequence[VolumeScene], groups: Mapping[str, str]) -> list[VolumeScene]:
+    """The scenes with the patients who are one under one name."""
+    return [replace(scene, group=groups.get(scene.group, scene.group)) for scene in scenes]
+
+
+def _scan(volume: Volume, names: Pseudonyms) -> str:
+    return names.of("scan", volume.found.place)
+
+
+def _notes(several: Sequence[Sequence[Volume]], groups: Mapping[str, str], policy: Duplicates) -> tuple[str, ...]:
+    num_copies = sum(len(found) - 1 for found in several)
+    what = {"refuse": "are left out (reader.duplicates=refuse)", "keep": "are used as well (reader.duplicates=keep)"}[policy]
+    notes = [f"{num_copies} copies of {len(several)} scans are there under other names and {what}"]
+    for group in sorted(set(groups.values())):
+        members = sorted(name for name, leader in groups.items() if leader == group)
+        notes.append(f"{len(members)} patients share a scan and stay on one side of every split as {group}: {', '.join(members)}")
+    return tuple(notes)
