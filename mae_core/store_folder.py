@@ -26,7 +26,14 @@ HISTOGRAM = "histogram.parquet"
 """How often each value occurs in the training tiles, from which percentiles are taken anew when a store grows or joins others."""
 FORMAT_VERSION = 1
 Verify = Literal["checksums", "sizes"]
-UNKNOWN: dict[str, Any] = {"cloud_fraction": np.nan, "time": "", "times": (), "latitude": np.nan, "longitude": np.nan}
+UNKNOWN: dict[str, Any] = {
+    "cloud_fraction": np.nan,
+    "time": "",
+    "times": (),
+    "latitude": np.nan,
+    "longitude": np.nan,
+    "voxel_digests": (),
+}
 """Columns of the index that older stores lack, and what stands in them where a fact is not known."""
 
 
@@ -47,6 +54,7 @@ class TileIndex:
         times: Of a series, the time of each index of the first axis, as a tuple; else empty.
         latitude, longitude: Of the middle of the extent, in degrees on WGS 84; NaN where it has no place.
         present, scale, offset: `(row, channel)`.
+        voxel_digests: Of the scans that its scene is made of, as a tuple: what they are known by under any name; empty for images.
     """
 
     tile: Int64[np.ndarray, " row"]
@@ -68,6 +76,7 @@ class TileIndex:
     present: Bool[np.ndarray, " row channel"]
     scale: Float64[np.ndarray, " row channel"]
     offset: Float64[np.ndarray, " row channel"]
+    voxel_digests: Shaped[np.ndarray, " row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +308,7 @@ def _read_index(files: StoreFiles, shape: tuple[int, ...]) -> TileIndex:
         present=lists("present", np.bool_),
         scale=lists("scale", np.float64),
         offset=lists("offset", np.float64),
+        voxel_digests=tuples("voxel_digests"),
     )
     widths = (index.origin.shape[1], index.extent.shape[1], index.present.shape[1], index.scale.shape[1], index.offset.shape[1])
     if widths != (len(shape) - 2, len(shape) - 2, shape[1], shape[1], shape[1]):

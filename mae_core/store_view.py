@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def _check_alike(files: StoreFiles, folders: Sequence[StoreFolder]) -> None:
             "element type": folder.arrays["pixels"].dtype,
             "labels": "labels" in folder.arrays,
             "modality": folder.attributes["kind"],
+            "key of the pseudonyms": folder.attributes.get("pseudonym_key"),
             "names of the axes": folder.attributes.get("axes"),
             "quality bits": (folder.attributes.get("quality_bits"), folder.attributes["no_value"]),
         }
@@ -161,7 +162,8 @@ def _check_alike(files: StoreFiles, folders: Sequence[StoreFolder]) -> None:
 
 
 def _check_apart(files: StoreFiles, folders: Sequence[StoreFolder]) -> None:
-    """No scene is in two stores, and no group is trained on in one and held out in another."""
+    """No scene is in two stores, and no group or scan, under whatever name, is trained on in one and held out in another."""
+    _check_scans(files, folders)
     seen: dict[str, StoreFolder] = {}
     side: dict[str, str] = {}
     for folder in folders:
@@ -177,6 +179,21 @@ def _check_apart(files: StoreFiles, folders: Sequence[StoreFolder]) -> None:
                     f"{files.label}: group {group} is trained on in one store and held out in another; "
                     "prepare them as one, or with one split"
                 )
+
+
+def _check_scans(files: StoreFiles, folders: Sequence[StoreFolder]) -> None:
+    """No scan, known by its voxels, is trained on in one store and held out in another."""
+    scans = []
+    for folder in folders:
+        pairs = set(zip(folder.index.voxel_digests.tolist(), (folder.index.split == "train").tolist(), strict=True))
+        scans.append({side: {scan for digests, trained in pairs if trained is side for scan in digests} for side in (True, False)})
+    for one, other in permutations(range(len(folders)), 2):
+        leaks = scans[one][True] & scans[other][False]
+        if leaks:
+            raise StoreError(
+                f"{files.label}: {len(leaks)} scans are trained on in {folders[one].files.label} and held out in "
+                f"{folders[other].files.label}, by their voxels; prepare them as one, or with one split (prepare.split.file)"
+            )
 
 
 def _channels(files: StoreFiles, folders: Sequence[StoreFolder]) -> list[dict[str, Any]]:

@@ -359,6 +359,7 @@ def _write_index(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             ("times", pa.list_(pa.string())),
             ("present", pa.list_(pa.bool_())),
             *((name, pa.list_(real)) for name in ("scale", "offset")),
+            ("voxel_digests", pa.list_(pa.string())),
         ]
     )
     columns = {name: [row.get(name, UNKNOWN[name]) if name in UNKNOWN else row[name] for row in rows] for name in schema.names}

@@ -32,6 +32,10 @@ REASONS = {
     "constant_foreground": Reason("All voxels that are not air hold the same value", _EXCLUDE),
     "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY),
     "damaged_header": Reason("The header holds what no NIfTI header can", _COPY),
+    "duplicate": Reason(
+        "The same voxels are there under another name, in whatever order, unit or format",
+        "nothing; or set reader.duplicates=keep, if the copies are wanted",
+    ),
     "few_planes": Reason("An axis has fewer voxels than reader.min_planes", "set reader.min_planes, or exclude it"),
     "five_d": Reason("More than four axes", "split the file"),
     "four_d": Reason("Several volumes in one file", "split the file"),

@@ -49,7 +49,8 @@ def _codes(stored: NDArray[np.generic], finite: NDArray[np.bool_], slope: float,
     if slope < 0 and len(levels) <= MOST_LEVELS:
         codes = np.uint32(len(levels) - 1) - codes
     codes[~finite] = NO_NUMBER
-    return codes
+    found: NDArray[np.uint32] = codes
+    return found
 
 
 def _physical(plane: NDArray[np.generic], slope: float, intercept: float) -> NDArray[np.float32]:
@@ -65,8 +66,8 @@ def _sides(codes: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
         others = tuple(other for other in range(codes.ndim) if other != axis)
         sums = tuple(codes.sum(axis=others, dtype=np.uint64).tolist())
         back = sums[::-1]
-        steps = [1, -1] if sums == back else [1 if sums < back else -1]
-        choices.append([(min(sums, back), axis, step) for step in steps])
+        ways = [1, -1] if sums == back else [1 if sums < back else -1]
+        choices.append([(min(sums, back), axis, step) for step in ways])
     found = []
     for chosen in product(*choices):
         for order in permutations(chosen):

@@ -52,6 +52,11 @@ class Earlier:
         return dict(zip(self.store.index.group.tolist(), self.store.index.split.tolist(), strict=True))
 
     @property
+    def scans(self) -> tuple[list[str], list[tuple[str, ...]]]:
+        """The scene of each tile, and the digests of its scans."""
+        return self.store.index.scene.tolist(), self.store.index.voxel_digests.tolist()
+
+    @property
     def free_tile(self) -> int:
         """The first id of a shard that does not exist yet."""
         pixels = self.store.arrays["pixels"]
@@ -94,7 +99,7 @@ def growth(earlier: Earlier, scenes: Sequence[Scene], entries: Mapping[str, Mapp
     """What is new and what is gone.
 
     A group is called after the scenes in it, so a new scene may give an old place another name, or join two: groups are
-    recognised by the old scenes that are in them.
+    recognised by the old scenes that are in them, and by scans that are there under another name.
 
     Args:
         earlier: The store.
@@ -116,8 +121,10 @@ def growth(earlier: Earlier, scenes: Sequence[Scene], entries: Mapping[str, Mapp
         )
     places = {entry["group"] for entry in known.values()}
     olds: defaultdict[str, set[str]] = defaultdict(set)
+    scans = {scan: known[name]["group"] for name, digests in zip(*earlier.scans, strict=True) for scan in digests}
     for scene in scenes:
         olds[scene.group] |= {known[scene.name]["group"]} if scene.name in known else {scene.group} & places
+        olds[scene.group] |= {scans[scan] for scan in scene.voxel_digests if scan in scans}
     new = [scene for scene in scenes if scene.name not in known]
     groups = {scene.name: min(olds[scene.group], default=scene.group) for scene in new}
     joined: defaultdict[str, set[str]] = defaultdict(set)

@@ -259,6 +259,7 @@ def _row(scene: Scene, planned: PlannedTile, layout: StoreLayout) -> dict[str, A
         "present": [name in by_name for name in layout.channels],
         "scale": [by_name[name].scale if name in by_name else 1.0 for name in layout.channels],
         "offset": [by_name[name].offset if name in by_name else 0.0 for name in layout.channels],
+        "voxel_digests": list(scene.voxel_digests),
     }
 
 

@@ -139,10 +139,10 @@ def test_one_map_serves_every_raster_that_it_covers(tmp_path: Path) -> None:
 
 
 def test_a_label_volume_never_serves_two_patients(tmp_path: Path) -> None:
-    for patient in ("sub-1", "sub-2"):
+    for seed, patient in enumerate(("sub-1", "sub-2")):
         for name in ("T1w", "FLAIR"):
-            save_volume(tmp_path / "images" / patient / f"{patient}_{name}.nii.gz", texture(SPACE))
-            save_volume(tmp_path / "same_names" / patient / f"{name}.nii.gz", texture(SPACE))
+            save_volume(tmp_path / "images" / patient / f"{patient}_{name}.nii.gz", texture(SPACE, seed))
+            save_volume(tmp_path / "same_names" / patient / f"{name}.nii.gz", texture(SPACE, seed))
     ones = np.ones(SPACE, np.uint8)
     only = save_volume(tmp_path / "lesions.nii.gz", ones)
     with pytest.raises(SceneError, match=r"lesions\.nii\.gz would label scans of several patients, one of them .*; name each label file"):
@@ -213,8 +213,8 @@ def test_real_rasters_add_up(folder: str, settings: Any) -> None:
 
 
 def test_volumes_of_one_patient_share_a_group_in_the_catalogue(tmp_path: Path) -> None:
-    for name in ("sub-1_T1w", "sub-1_FLAIR", "sub-2_T1w"):
-        save_volume(tmp_path / f"{name}.nii.gz", head())
+    for seed, name in enumerate(("sub-1_T1w", "sub-1_FLAIR", "sub-2_T1w")):
+        save_volume(tmp_path / f"{name}.nii.gz", head(seed=seed))
     assert len({scene.group for scene in scan(tmp_path, NATIVE).scenes}) == 2
 
 

@@ -42,14 +42,14 @@ from tests.synthetic_volumes import (
     ],
 )
 def test_files_of_a_patient_share_a_group(tmp_path: Path, one: str, other: str, same: bool) -> None:
-    files = [save_volume(tmp_path / name, texture((5, 5, 5))) for name in (one, other)]
+    files = [save_volume(tmp_path / name, texture((5, 5, 5), seed)) for seed, name in enumerate((one, other))]
     scenes, _ = split_scan(files, tmp_path, NATIVE)
     assert (scenes[0].group == scenes[1].group) is same
     assert scenes[0].name != scenes[1].name
 
 
 def test_pattern_and_sequence_can_be_set(tmp_path: Path) -> None:
-    files = [save_volume(tmp_path / name, texture((5, 5, 5))) for name in ("x_77_a_T2.nii", "y_77_b.nii")]
+    files = [save_volume(tmp_path / name, texture((5, 5, 5), seed)) for seed, name in enumerate(("x_77_a_T2.nii", "y_77_b.nii"))]
     scenes, _ = split_scan(files, tmp_path, MriSettings(group_pattern=r"_(\d+)_", sequence="T1ce", spacing_mm=None))
     assert scenes[0].group == scenes[1].group
     assert [scene.channels[0].name for scene in scenes] == ["T1ce", "T1ce"]
