@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from modalities.four_d import FOUR_D, with_defaults
 from modalities.nifti_file import MAX_SPACING_MM, MIN_SPACING_MM
+from modalities.policies import VolumePolicies
 from modalities.scene import AdapterSettings
 
 Duplicates = Literal["refuse", "keep"]
@@ -22,8 +24,12 @@ class VolumeSettings(AdapterSettings):
         group_pattern: Regular expression, searched in the relative path of a NIfTI file; its first group that matches names the patient,
             whatever the case. Where nothing matches, the path without its sequence (`T1`, `FLAIR`…) does.
         min_planes: Fewest voxels on an axis of a usable volume.
-        orientation_unknown: What to do where sform and qform code are both 0: reject, or use the affine that nibabel
-            assumes (left-handed, centred) and flag the scene `orientation_unknown`.
+        min_field_mm: Least extent of a usable volume along an axis.
+        policies: What is done with volumes that are doubtful and could be used all the same.
+        four_d: What becomes of a NIfTI file with several volumes, by sequence, and under `default` for all others: reject, first, mean, or
+            the mean of those of a b-value (b0, b1000) by the .bval file of the same name. More than four axes are always rejected.
+        through_plane: How values are interpolated to a smaller spacing along the axis of largest spacing, where that is more than 3 times
+            the smallest: nearest keeps slices as they were measured (as nnU-Net does), linear mixes neighbours. All else is linear.
         max_voxels: Most voxels of a volume as stored and as resampled; looked at before any data is read.
         sequences: each: every scan is a scene of its own; session: the scans of one session that lie on one lattice (equal shape, affines
             equal within 0.001, in whatever order of axes) are one scene with a channel each. A session is what BIDS or DICOM call so,
@@ -50,7 +56,10 @@ class VolumeSettings(AdapterSettings):
     exclude: tuple[str, ...] = ()
     group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
     min_planes: int = Field(default=5, ge=1)
-    orientation_unknown: Literal["reject", "use_affine"] = "use_affine"
+    min_field_mm: float = Field(default=5.0, ge=0)
+    policies: VolumePolicies = VolumePolicies()
+    four_d: dict[str, str] = Field(default=FOUR_D)
+    through_plane: Literal["nearest", "linear"] = "nearest"
     max_voxels: int = Field(default=1 << 28, ge=1)
     sequences: Literal["each", "session"] = "each"
     other_lattice: Literal["separate", "refuse"] = "separate"
@@ -68,6 +77,11 @@ class VolumeSettings(AdapterSettings):
         if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
             raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
         return value
+
+    @field_validator("four_d")
+    @classmethod
+    def _four_d(cls, value: dict[str, str]) -> dict[str, str]:
+        return with_defaults(value)
 
     @field_validator("group_pattern")
     @classmethod

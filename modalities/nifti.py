@@ -10,12 +10,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from modalities.four_d import chosen_volumes
 from modalities.medical import VolumeSettings
 from modalities.nifti_file import VolumeHeader, read_header, read_stored, write_like
 from modalities.scene import SceneError, matches
 from modalities.volume import Found, Refused, reasons
 
 ENDINGS = (".nii", ".nii.gz")
+_OTHERS = {
+    **dict.fromkeys((".mgz", ".mgh"), "FreeSurfer's MGH"),
+    ".mnc": "MINC",
+    **dict.fromkeys((".nrrd", ".nhdr"), "NRRD"),
+    **dict.fromkeys((".mha", ".mhd"), "MetaImage"),
+    **dict.fromkeys((".hdr", ".img", ".hdr.gz", ".img.gz"), "Analyze or NIfTI pair"),
+}
+"""Endings of scans that are not read."""
 _SEQUENCES = {"t1": "T1w", "t1w": "T1w", "t2": "T2w", "t2w": "T2w", "flair": "FLAIR", "pd": "PD", "pdw": "PD"} | {
     name.lower(): name for name in ("T1ce", "T2star", "bold", "dwi", "adc", "swi", "angio")
 }
@@ -30,20 +39,31 @@ class NiftiSource:
     """A NIfTI file that holds one volume.
 
     A file is read whole, because nobody can begin in the middle of a gzip stream.
+
+    Attributes:
+        path: The file.
+        header: What it said when it was scanned.
+        volumes: Which of its volumes it is the mean of.
     """
 
     path: Path = field(repr=False)
     header: VolumeHeader
+    volumes: tuple[int, ...] = (0,)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """See `VolumeSource.files`."""
         return (self.path,)
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What is doubtful about it."""
+        return (*self.header.flags, *["four_d"] * (self.header.num_volumes > 1))
+
     def stored(self) -> NDArray[np.generic]:
         """See `VolumeSource.stored`."""
         self.refuse_changed()
-        return read_stored(self.path, self.header)
+        return read_stored(self.path, self.header, self.volumes)
 
     def refuse_changed(self) -> None:
         """See `VolumeSource.refuse_changed`."""
@@ -61,15 +81,36 @@ def find_nifti(files: Sequence[Path], folder: Path, settings: VolumeSettings) ->
     for file in files:
         relative = file.relative_to(folder).as_posix()
         patient = patient_of(relative, settings.group_pattern)
+        sequence = _named_sequence(relative, settings)
         try:
             with reasons():
-                source = NiftiSource(file, read_header(file))
+                source = nifti_source(file, sequence, settings)
         except SceneError as error:
             refused.append(Refused((file,), relative, str(error), error.code))
             continue
-        sequence = _named_sequence(relative, settings)
-        found.append(Found(source, relative, patient, "", sequence, source.header.flags, modality_of(relative)))
+        found.append(Found(source, relative, patient, "", sequence, source.flags, modality_of(relative)))
     return found, refused
+
+
+def nifti_source(file: Path, sequence: str, settings: VolumeSettings) -> NiftiSource:
+    """A file's header, and which of its volumes are to be read.
+
+    Raises:
+        SceneError: It cannot be used; without its name.
+    """
+    header = read_header(file)
+    return NiftiSource(file, header, chosen_volumes(file, header.num_volumes, sequence, settings.four_d))
+
+
+def find_others(files: Sequence[Path], folder: Path) -> list[Refused]:
+    """Scans among `files` that are in a format which is not read, told by the endings of their names."""
+    found = []
+    for file in files:
+        kind = next((kind for ending, kind in _OTHERS.items() if file.name.lower().endswith(ending)), None)
+        if kind is not None:
+            reason = f"{kind}: a scan in a format that is not read; convert it to .nii.gz"
+            found.append(Refused((file,), file.relative_to(folder).as_posix(), reason, "other_format", unwanted=True))
+    return found
 
 
 def patient_of(relative: str, pattern: str) -> str:

@@ -29,6 +29,8 @@ MAX_SHEAR = 0.02
 """Largest cosine between two axes of a volume, about 1 degree away from a right angle."""
 MAX_DISAGREEMENT_MM = 1.0
 """A volume whose sform and qform put a corner further apart is flagged; the sform is used."""
+MAX_PIXDIM_FRACTION = 0.01
+"""A volume whose sform and pixdim have voxel sizes that differ by more than this share is flagged."""
 MAX_TRAILING_BYTES = 1 << 20
 MAX_GZIP_GAIN = 1032
 """Bytes that come out of one byte of gzip at most (zlib, technical details)."""
@@ -42,12 +44,14 @@ class VolumeHeader:
     """What the first bytes of a file say about its array.
 
     Attributes:
-        space: Voxels per axis in the file's own order.
+        space: Voxels per axis in the file's own order, of one volume.
         affine: Index in that order to RAS+ millimetres.
         dtype: As stored, byte order included.
         slope, intercept: Physical value = stored · slope + intercept.
         data_offset: Where the array begins in the uncompressed file.
-        flags: `orientation_unknown`, `sform_qform_disagree`.
+        flags: What is doubtful: `orientation_unknown`, `sform_qform_disagree`, `sform_pixdim_disagree`, `bad_pixdim`, `sheared`.
+        doubts: The same in words, one for each flag; empty where none were written.
+        num_volumes: Volumes in the file, one behind the other.
     """
 
     space: tuple[int, ...]
@@ -57,6 +61,8 @@ class VolumeHeader:
     intercept: float
     data_offset: int
     flags: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+    num_volumes: int = 1
 
     @property
     def short(self) -> str:
@@ -100,17 +106,17 @@ def read_header(path: Path) -> VolumeHeader:
     return _understand(_unpack_header(path))
 
 
-def read_stored(path: Path, header: VolumeHeader) -> NDArray[np.generic]:
+def read_stored(path: Path, header: VolumeHeader, volumes: Sequence[int] = (0,)) -> NDArray[np.generic]:
     """The array as stored, in native byte order; floats wider than 32 bits become float32.
 
+    Of several `volumes` it is the mean, in float32; no more than one of them and their sum are held.
     Reads the file to its end, so that a gzip stream's checksum is proved.
 
     Raises:
         SceneError: There is less or much more data than `header` states.
         OSError, EOFError, zlib.error: The file or its gzip stream is damaged.
     """
-    dtype = np.dtype(header.dtype)
-    wanted = int(np.prod(header.space, dtype=object)) * dtype.itemsize
+    wanted = int(np.prod(header.space, dtype=object)) * np.dtype(header.dtype).itemsize * header.num_volumes
     size = path.stat().st_size
     with _stream(path) as (stream, is_gzip):
         if is_gzip and wanted > size * MAX_GZIP_GAIN:
@@ -119,17 +125,50 @@ def read_stored(path: Path, header: VolumeHeader) -> NDArray[np.generic]:
             raise SceneError(
                 f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again", "truncated"
             )
-        stream.seek(header.data_offset)
-        data = stream.read(wanted)
+        values = _mean(_volume(stream, header, volumes[0]), stream, header, volumes[1:])
+        _skip(stream, header, wanted)
         trailing = stream.read(MAX_TRAILING_BYTES + 1)
-    if len(data) < wanted:
-        raise SceneError(f"truncated: {len(data)} of {wanted} bytes of voxels; copy it again", "truncated")
     if len(trailing) > MAX_TRAILING_BYTES:
         raise SceneError(f"more than {MAX_TRAILING_BYTES} bytes follow the {wanted} that the header states", "trailing_bytes")
-    values = np.frombuffer(data, dtype).reshape(header.space, order="F")
-    wide = dtype.kind == "f" and dtype.itemsize > 4
+    wide = values.dtype.kind == "f" and values.dtype.itemsize > 4
     with np.errstate(over="ignore"):
-        return values.astype(np.float32 if wide else dtype.newbyteorder("="))
+        return values.astype(np.float32 if wide else values.dtype.newbyteorder("="))
+
+
+def _mean(
+    first: NDArray[np.generic], stream: IO[bytes] | gzip.GzipFile, header: VolumeHeader, others: Sequence[int]
+) -> NDArray[np.generic]:
+    """`first`, or where there are others, the mean of all."""
+    if not others:
+        return first
+    total = first.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for number in others:
+            total += _volume(stream, header, number).astype(np.float64)
+        total /= 1 + len(others)
+    return total
+
+
+def _volume(stream: IO[bytes] | gzip.GzipFile, header: VolumeHeader, number: int) -> NDArray[np.generic]:
+    """One of the volumes, read from the stream as it is stored; each lies behind those that were read before."""
+    dtype = np.dtype(header.dtype)
+    size = int(np.prod(header.space, dtype=object)) * dtype.itemsize
+    _skip(stream, header, number * size)
+    data = stream.read(size)
+    if len(data) < size:
+        raise _short(number * size + len(data), size * header.num_volumes)
+    return np.frombuffer(data, dtype).reshape(header.space, order="F")
+
+
+def _skip(stream: IO[bytes] | gzip.GzipFile, header: VolumeHeader, num_bytes: int) -> None:
+    """Goes to a byte of the voxels; out of gzip, what lies before it is unpacked in small pieces, and so proved."""
+    stream.seek(header.data_offset + num_bytes)
+    if stream.tell() < header.data_offset + num_bytes:
+        raise _short(max(0, stream.tell() - header.data_offset), num_bytes)
+
+
+def _short(num_bytes: int, wanted: int) -> SceneError:
+    return SceneError(f"truncated: {num_bytes} of {wanted} bytes of voxels; copy it again", "truncated")
 
 
 def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
@@ -141,6 +180,8 @@ def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
     for key in _GEOMETRY:
         header[key] = like[key]
     header["pixdim"][:4] = like["pixdim"][:4]
+    if not _is_size(like["pixdim"][1:4]):
+        header["pixdim"][:4] = [1.0, *np.linalg.norm(like.get_sform()[:3, :3], axis=0)]
     for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", 1), ("scl_inter", 0)):
         header[key] = value
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -182,43 +223,72 @@ def _unpack_header(path: Path) -> Any:
 
 
 def _understand(raw: Any) -> VolumeHeader:
-    dims = [int(v) for v in raw["dim"]]
-    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise SceneError(f"the header's dim {dims} is no array shape", "bad_dim")
-    shape = dims[1 : dims[0] + 1]
-    extra = int(np.prod(shape[3:], dtype=object))
-    if extra > 1:
-        raise SceneError(f"{len(shape)}-D with {extra} volumes: split it", "four_d" if len(shape) == 4 else "five_d")
-    if len(shape) < 3:
-        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}; a volume has three axes", "two_d")
+    shape = _shape(raw)
+    pixdim = np.asarray(raw["pixdim"][1:4], np.float64)
+    has_sform, has_qform = int(raw["sform_code"]) > 0, int(raw["qform_code"]) > 0
+    if not has_sform and not _is_size(pixdim):
+        raise SceneError(
+            f"pixdim {pixdim.tolist()} is zero, negative or not finite, and there is no sform; repair the header", "bad_pixdim"
+        )
     try:
         dtype = raw.get_data_dtype()
         affine = np.asarray(raw.get_best_affine(), dtype=np.float64)
-        codes = int(raw["sform_code"]), int(raw["qform_code"])
-        disagree = all(codes) and _distance(affine, raw.get_qform(), shape[:3]) > MAX_DISAGREEMENT_MM
+        apart = _distance(affine, raw.get_qform(), shape[:3]) if has_sform and has_qform and _is_size(pixdim) else 0.0
     except KeyError as error:
         raise SceneError(f"the header is damaged: no voxel type has the number {error}", "damaged_header") from error
     except (HeaderDataError, ValueError) as error:
         raise SceneError(f"the header is damaged: {error}", "damaged_header") from error
     if dtype.kind not in "iuf":
         raise SceneError(f"voxels of type {dtype} are not supported; real numbers are wanted", "voxel_type")
+    doubts = {} if has_sform or has_qform else {"orientation_unknown": "orientation unknown: sform and qform code are both 0"}
+    if apart > MAX_DISAGREEMENT_MM:
+        doubts["sform_qform_disagree"] = f"sform and qform put a corner {apart:.4g} mm apart, more than {MAX_DISAGREEMENT_MM:g} mm"
+    doubts |= _doubts_of_size(pixdim, np.linalg.norm(affine[:3, :3], axis=0)) if has_sform else {}
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(raw["xyzt_units"]) & 7, 1.0)
-    _check_place(affine, raw["pixdim"][1:4])
+    doubts |= _check_place(affine)
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     slope, intercept = (1.0, 0.0) if np.isnan(slope) or slope == 0 else (slope, 0.0 if np.isnan(intercept) else intercept)
     offset = float(raw["vox_offset"])
     if not (np.isfinite([slope, intercept, offset]).all() and 0 <= offset <= 1 << 26):
         raise SceneError(f"the header is damaged: slope {slope}, intercept {intercept}, data at byte {offset}", "damaged_header")
-    flags = ["orientation_unknown"] * (not any(codes)) + ["sform_qform_disagree"] * disagree
     rows = tuple(tuple(float(v) for v in row) for row in affine)
-    return VolumeHeader(tuple(shape[:3]), rows, dtype.str, slope, intercept, max(int(offset), raw.single_vox_offset), tuple(flags))
+    start = max(int(offset), raw.single_vox_offset)
+    num_volumes = shape[3] if len(shape) > 3 else 1
+    return VolumeHeader(shape[:3], rows, dtype.str, slope, intercept, start, tuple(doubts), tuple(doubts.values()), num_volumes)
 
 
-def _check_place(affine: NDArray[np.float64], pixdim: NDArray[np.floating]) -> None:
+def _shape(raw: Any) -> tuple[int, ...]:
+    """Three axes, or four for several volumes."""
+    dims = [int(v) for v in raw["dim"]]
+    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
+        raise SceneError(f"the header's dim {dims} is no array shape", "bad_dim")
+    shape = dims[1 : dims[0] + 1]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if len(shape) > 4:
+        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}: split it", "five_d")
+    if len(shape) < 3:
+        raise SceneError(f"{len(shape)}-D of shape {tuple(shape)}; a volume has three axes", "two_d")
+    return tuple(shape)
+
+
+def _is_size(pixdim: NDArray[np.floating]) -> bool:
+    return bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
+
+
+def _doubts_of_size(pixdim: NDArray[np.float64], spacing: NDArray[np.float64]) -> dict[str, str]:
+    """What is wrong with the voxel sizes of a header whose sform has these."""
+    if not _is_size(pixdim):
+        return {"bad_pixdim": f"pixdim {pixdim.tolist()} is zero, negative or not finite, where the sform has {spacing.round(4).tolist()}"}
+    if (np.abs(pixdim - spacing) > MAX_PIXDIM_FRACTION * pixdim).any():
+        return {"sform_pixdim_disagree": f"the voxel sizes are {spacing.round(4).tolist()} by the sform and {pixdim.tolist()} by pixdim"}
+    return {}
+
+
+def _check_place(affine: NDArray[np.float64]) -> dict[str, str]:
+    """What is doubtful about an affine in millimetres that can be used."""
     if not np.isfinite(affine).all():
         raise SceneError("the affine is not finite; repair the header", "bad_affine")
-    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-        raise SceneError(f"pixdim {pixdim.tolist()} is zero, negative or not finite; repair the header", "bad_pixdim")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     axes = affine[:3, :3] / np.where(spacing > 0, spacing, 1)
     if abs(np.linalg.det(axes)) < 1e-3:
@@ -229,9 +299,8 @@ def _check_place(affine: NDArray[np.float64], pixdim: NDArray[np.floating]) -> N
         )
     shear = float(np.abs(axes.T @ axes - np.eye(3)).max())
     if shear > MAX_SHEAR:
-        raise SceneError(
-            f"the affine is sheared: the cosine between two axes is {shear:.3f}, at most {MAX_SHEAR} is allowed; resample it", "sheared"
-        )
+        return {"sheared": f"the affine is sheared: the cosine between two axes is {shear:.3f}, more than {MAX_SHEAR}"}
+    return {}
 
 
 def _distance(one: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:

@@ -12,10 +12,12 @@ class Reason:
     Attributes:
         meaning: In one line.
         remedy: What to do about it.
+        is_damage: Whether a file with it is broken, and not merely of no use here; too many of them stop a run.
     """
 
     meaning: str
     remedy: str
+    is_damage: bool = False
 
 
 _COPY = "copy the file again from where it came"
@@ -23,24 +25,30 @@ _REPAIR = "repair the header, or convert the scan again from its DICOM files"
 _EXCLUDE = "nothing, or exclude it (reader.exclude)"
 
 REASONS = {
-    "absurd_spacing": Reason("A voxel is smaller than 0.01 mm or larger than 100 mm", _REPAIR),
-    "bad_affine": Reason("The affine holds no numbers, or two axes of it fall together", _REPAIR),
-    "bad_dim": Reason("The header states no shape that an array can have", _COPY),
-    "bad_pixdim": Reason("A voxel size in the header is zero, negative or no number", _REPAIR),
-    "changed": Reason("The header is another than when the archive was scanned", "scan again"),
-    "constant": Reason("All voxels hold the same value", _EXCLUDE),
+    "absurd_spacing": Reason("A voxel is smaller than 0.01 mm or larger than 100 mm", _REPAIR, is_damage=True),
+    "all_zero": Reason("All voxels hold 0", _EXCLUDE, is_damage=True),
+    "b_value_absent": Reason(
+        "No volume of a diffusion file has the b-value that was asked for", "set reader.four_d.dwi to one that is there"
+    ),
+    "b_values_broken": Reason("The .bval file has not one b-value for each volume", "repair the .bval file", is_damage=True),
+    "b_values_missing": Reason("A diffusion file of several volumes has no .bval file beside it", "give one, or set reader.four_d.dwi"),
+    "bad_affine": Reason("The affine holds no numbers, or two axes of it fall together", _REPAIR, is_damage=True),
+    "bad_dim": Reason("The header states no shape that an array can have", _COPY, is_damage=True),
+    "bad_pixdim": Reason("A voxel size in the header is zero, negative or no number", _REPAIR, is_damage=True),
+    "changed": Reason("The header is another than when the archive was scanned", "scan again", is_damage=True),
+    "constant": Reason("All voxels hold the same value, which is not 0", _EXCLUDE, is_damage=True),
     "constant_foreground": Reason("All voxels that are not air hold the same value", _EXCLUDE),
-    "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY),
-    "damaged_header": Reason("The header holds what no NIfTI header can", _COPY),
+    "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY, is_damage=True),
+    "damaged_header": Reason("The header holds what no NIfTI header can", _COPY, is_damage=True),
     "duplicate": Reason(
         "The same voxels are there under another name, in whatever order, unit or format",
         "nothing; or set reader.duplicates=keep, if the copies are wanted",
     ),
     "few_planes": Reason("An axis has fewer voxels than reader.min_planes", "set reader.min_planes, or exclude it"),
     "five_d": Reason("More than four axes", "split the file"),
-    "four_d": Reason("Several volumes in one file", "split the file"),
+    "four_d": Reason("Several volumes in one file", "set reader.four_d for its sequence, or split the file"),
     "half_pair": Reason("Half of a pair of a header and an image file", "convert the pair to .nii.gz"),
-    "impossible_size": Reason("The header states more voxels than the file can hold", _COPY),
+    "impossible_size": Reason("The header states more voxels than the file can hold", _COPY, is_damage=True),
     "key": Reason("The key of the pseudonyms cannot be read, or others can read it", "set TERRAVOX_KEY_FILE, or chmod 600 the key"),
     "labels_elsewhere": Reason("A label file lies on another grid than its scan", "resample the labels with nearest neighbour"),
     "labels_not_whole": Reason("A label file holds values that are no class numbers", "give class numbers instead of probabilities"),
@@ -55,23 +63,25 @@ REASONS = {
     "not_coregistered": Reason(
         "It lies on another lattice than most sequences of its session", "register and resample it, or set reader.other_lattice=separate"
     ),
-    "not_finite": Reason("No voxel holds a finite number", _EXCLUDE),
-    "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY),
-    "orientation_unknown": Reason(
-        "Both sform and qform code are 0: nobody said which side is left", f"{_REPAIR}; or set the policy to use"
-    ),
+    "not_finite": Reason("Voxels hold no finite number; where the file is rejected by default, all of them", _EXCLUDE, is_damage=True),
+    "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY, is_damage=True),
+    "orientation_unknown": Reason("Both sform and qform code are 0: nobody said which side is left", _REPAIR),
+    "other_format": Reason("A scan in a format that is not read (MGZ, MINC, NRRD, Analyze…)", "convert it to .nii.gz"),
     "other_modality": Reason(
         "Another modality than the reader's kind", "read it with the kind of its own (mri, ct), in a store of its own"
     ),
     "repeated_sequence": Reason(
         "Its session has another scan of the same sequence, which is used", "name them apart, exclude one, or set reader.repeated=separate"
     ),
-    "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid"),
+    "sform_pixdim_disagree": Reason("The voxel sizes of sform and pixdim differ by more than 1 %", _REPAIR),
+    "sform_qform_disagree": Reason("By sform and by qform a corner of the volume lies more than 1 mm apart", _REPAIR),
+    "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid", is_damage=True),
+    "small_field": Reason("The volume is shorter than reader.min_field_mm along an axis", "set reader.min_field_mm, or exclude it"),
     "too_large": Reason("More voxels than reader.max_voxels, as stored or at the wanted spacing", "set reader.max_voxels, or exclude it"),
-    "trailing_bytes": Reason("More than a megabyte follows the voxels", _COPY),
-    "truncated": Reason("The file ends before its voxels do", _COPY),
+    "trailing_bytes": Reason("More than a megabyte follows the voxels", _COPY, is_damage=True),
+    "truncated": Reason("The file ends before its voxels do", _COPY, is_damage=True),
     "two_d": Reason("Fewer than three axes", _EXCLUDE),
-    "unreadable": Reason("The file cannot be opened or read", "look after the disk and the file's permissions"),
+    "unreadable": Reason("The file cannot be opened or read", "look after the disk and the file's permissions", is_damage=True),
     "voxel_type": Reason("Voxels that are no real numbers (colours, complex)", "convert it, or exclude it"),
 }
-"""By code. Codes are what programs count by; the words of a message may change."""
+"""By code. Codes are what programs count by; the words of a message may change. Some are flags of scans that are used, too."""

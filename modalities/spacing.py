@@ -12,6 +12,8 @@ from scipy import ndimage
 
 SAME_SPACING_MM = 1e-3
 """Spacings that differ by no more are the same."""
+ANISOTROPY = 3.0
+"""Where the largest spacing is more than this many times the smallest, its axis runs through the slices (nnU-Net's threshold)."""
 PREFILTER_STEP = 1.5
 """An axis whose voxels grow by more than this factor is smoothed first."""
 
@@ -25,20 +27,25 @@ class Respacing:
         target: Voxels per axis of the target lattice.
         start: Where the centre of the target's first voxel lies, in source voxels.
         step: Size of a target voxel in source voxels.
+        nearest_axis: The axis along which values come from the nearest voxel instead of from between two; None: there is none.
     """
 
     source: tuple[int, ...]
     target: tuple[int, ...]
     start: tuple[float, ...]
     step: tuple[float, ...]
+    nearest_axis: int | None = None
 
     @staticmethod
-    def to(space: tuple[int, ...], spacing_mm: Sequence[float], wanted_mm: Sequence[float] | None) -> Respacing:
+    def to(space: tuple[int, ...], spacing_mm: Sequence[float], wanted_mm: Sequence[float] | None, is_nearest: bool = False) -> Respacing:
         """The largest lattice of spacing `wanted_mm` between the outermost voxel centres of the source, with the same middle.
 
         Every target voxel lies between measured source voxels, so nothing is extrapolated, and every source voxel is less than
         half a target voxel away from one, so labels find their way back. Axes that have the wanted spacing (within
         `SAME_SPACING_MM`) stay as they are; None keeps all.
+
+        `is_nearest`: Where slices are thick (`ANISOTROPY`) and come closer together, each keeps its values up to half way to the next
+        one. What is not said here is linear along every axis.
         """
         target, start, step = [], [], []
         for num, has, wants in zip(space, spacing_mm, spacing_mm if wanted_mm is None else wanted_mm, strict=True):
@@ -47,7 +54,9 @@ class Respacing:
             target.append(count)
             step.append(ratio)
             start.append((num - 1 - (count - 1) * ratio) / 2)
-        return Respacing(tuple(space), tuple(target), tuple(start), tuple(step))
+        through = int(np.argmax(spacing_mm))
+        is_apart = is_nearest and max(spacing_mm) > ANISOTROPY * min(spacing_mm) and step[through] < 1
+        return Respacing(tuple(space), tuple(target), tuple(start), tuple(step), through if is_apart else None)
 
     @property
     def is_identity(self) -> bool:
@@ -64,9 +73,10 @@ class Respacing:
     def linear(self, values: NDArray[Any], finite: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """`values` on the target lattice in their own dtype (integers rounded), and where they are finite.
 
-        Linear interpolation; an axis whose step is above `PREFILTER_STEP` is first smoothed by a Gaussian with a standard deviation
-        of (step − 1) / 2 source voxels against aliasing. Values that are not finite have no weight, and a target voxel in which they
-        would have had more than half of it is not finite either and holds 0.
+        Linear interpolation, but for `nearest_axis`; an axis whose step is above `PREFILTER_STEP` is first smoothed by a Gaussian with a
+        standard deviation of (step − 1) / 2 source voxels against aliasing. Cubic would ring at the border of a head, and leave the range
+        of integers. Values that are not finite have no weight, and a target voxel in which they would have had more than half of it is
+        not finite either and holds 0.
         """
         if self.is_identity:
             return values, finite
@@ -94,13 +104,20 @@ class Respacing:
         return values[np.ix_(*index)]
 
     def _interpolate(self, work: NDArray[Any]) -> NDArray[Any]:
-        sigma = [(step - 1) / 2 if step > PREFILTER_STEP else 0.0 for step in self.step]
+        start, step, space = list(self.start), list(self.step), list(self.target)
+        if self.nearest_axis is not None:
+            start[self.nearest_axis], step[self.nearest_axis], space[self.nearest_axis] = 0.0, 1.0, self.source[self.nearest_axis]
+        sigma = [(size - 1) / 2 if size > PREFILTER_STEP else 0.0 for size in step]
         smooth = ndimage.gaussian_filter(work, sigma, mode="nearest") if any(sigma) else work
-        step = np.asarray(self.step)
         result: NDArray[Any] = ndimage.affine_transform(
-            smooth, step, offset=self.start, output_shape=self.target, order=1, mode="nearest", prefilter=False
+            smooth, np.asarray(step), offset=start, output_shape=tuple(space), order=1, mode="nearest", prefilter=False
         )
-        return result
+        return result if self.nearest_axis is None else np.take(result, self._index(self.nearest_axis), self.nearest_axis)
+
+    def _index(self, axis: int) -> NDArray[np.intp]:
+        """The source voxel that is nearest to each of the target's, along an axis."""
+        places = self.start[axis] + self.step[axis] * np.arange(self.target[axis])
+        return np.asarray(np.clip(np.rint(places), 0, self.source[axis] - 1), np.intp)
 
 
 def _cast(values: NDArray[Any], dtype: np.dtype[np.generic]) -> NDArray[Any]:

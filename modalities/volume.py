@@ -160,7 +160,7 @@ class VolumeScene:
         sources: One per channel; the first one's lattice is the scene's, before it is brought to another spacing.
         readings: One per channel.
         voxel_digests: One per channel.
-        flags: What is doubtful and used all the same: `orientation_unknown`, `sform_qform_disagree`, `not_finite`.
+        flags: What is doubtful and used all the same, by reason code: those of `VolumePolicies` and `four_d`.
         num_not_finite: Voxels of the files that hold no number.
         foreground_fraction: Share of the first file's voxels that are not air.
     """
@@ -216,6 +216,8 @@ class VolumeScene:
         name = f"labels of {self.name}"
         with about(name):
             header = read_header(path)
+            if header.num_volumes > 1:
+                raise SceneError(f"labels of {header.num_volumes} volumes in one file; give one volume of class numbers", "four_d")
             if not header.covers(self.header):
                 raise SceneError(
                     f"shape {header.space} with affine {header.short} is another grid than the image's of shape {self.header.space} with "

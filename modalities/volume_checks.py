@@ -57,54 +57,63 @@ def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None
         SceneError: It cannot be used; without any name.
     """
     header = found.source.header
-    if "orientation_unknown" in found.flags and settings.orientation_unknown == "reject":
-        raise SceneError(
-            "orientation unknown: sform and qform code are both 0; repair the header or set orientation_unknown=use_affine",
-            "orientation_unknown",
-        )
+    said = dict(zip(header.flags, header.doubts, strict=False))
+    for flag in found.flags:
+        settings.policies.judge(flag, said.get(flag, ""))
     if min(header.space) < settings.min_planes:
         raise SceneError(f"{min(header.space)} planes on an axis of {header.space}; min_planes is {settings.min_planes}", "few_planes")
     lattice = header.canonical
-    respacing = Respacing.to(lattice.space, lattice.spacing, settings.spacing_mm)
+    extent = [num * spacing for num, spacing in zip(lattice.space, lattice.spacing, strict=True)]
+    if min(extent) < settings.min_field_mm:
+        raise SceneError(
+            f"a field of view of {[round(mm, 2) for mm in extent]} mm; min_field_mm is {settings.min_field_mm:g}", "small_field"
+        )
+    respacing = Respacing.to(lattice.space, lattice.spacing, settings.spacing_mm, settings.through_plane == "nearest")
     for space, what in ((header.space, "stored"), (respacing.target, f"at {settings.spacing_mm} mm")):
         if np.prod(space, dtype=object) > settings.max_voxels:
             raise SceneError(f"{space} voxels {what} are more than max_voxels={settings.max_voxels}", "too_large")
     reading = Reading("ct" if isinstance(settings, CtSettings) else "mri", defaced=defaced, anatomy=anatomy)
     volume = canonical(found.source, header, reading)
     num_finite = int(np.count_nonzero(volume.finite))
-    _refuse_unusable(volume)
+    _refuse_empty(volume)
+    doubts = _doubts_of_values(volume)
+    for flag, words in doubts.items():
+        settings.policies.judge(flag, words)
+    if not volume.body.any():
+        raise SceneError("nothing in it is body: all of it is air, out of view, left out, or not marked as anatomy", "no_foreground")
     channel, reading = _normalised(found, volume, reading, settings)
-    doubts = [] if num_finite == volume.finite.size else ["not_finite"]
-    if not found.modality:
-        doubts += contradiction(volume, header, settings)
+    contradicts = [] if found.modality else contradiction(volume, header, settings)
     return Volume(
         found=found,
         reading=reading,
         channel=channel,
         dtype=reading.values(volume.stored, header).dtype,
         respacing=respacing,
-        flags=(*found.flags, *doubts),
+        flags=(*found.flags, *doubts, *contradicts),
         num_not_finite=volume.finite.size - num_finite,
         foreground_fraction=float(np.count_nonzero(volume.body) / volume.body.size),
         voxel_digest=voxel_digest(volume.stored, volume.finite, header.slope, header.intercept),
     )
 
 
-def _refuse_unusable(volume: Canonical) -> None:
-    """Stops at a volume that holds nothing, or is no image."""
+def _refuse_empty(volume: Canonical) -> None:
+    """Stops at a volume that holds nothing."""
     if not volume.finite.any():
         raise SceneError("no voxel holds a finite number", "not_finite")
     seen = volume.stored if volume.finite.all() else volume.stored[volume.finite]
     low, high = seen.min(), seen.max()
+    if low == high == 0:
+        raise SceneError("all voxels are zero", "all_zero")
     if low == high:
-        raise SceneError("all voxels are zero" if low == 0 else f"constant: all voxels hold {low}", "constant")
+        raise SceneError(f"constant: all voxels hold {low}", "constant")
+
+
+def _doubts_of_values(volume: Canonical) -> dict[str, str]:
+    """What is doubtful about the values of a volume, each in words."""
     classes = num_classes(volume.stored)
-    if classes is not None:
-        raise SceneError(
-            f"looks like a label map ({classes} values); keep labels in a folder of their own or exclude them", "looks_like_labels"
-        )
-    if not volume.body.any():
-        raise SceneError("nothing in it is body: all of it is air, out of view, left out, or not marked as anatomy", "no_foreground")
+    found = {} if classes is None else {"looks_like_labels": f"looks like a label map ({classes} values)"}
+    num_not_finite = int(np.count_nonzero(~volume.finite))
+    return found | ({"not_finite": f"{num_not_finite} of {volume.finite.size} voxels hold no finite number"} if num_not_finite else {})
 
 
 def _normalised(found: Found, volume: Canonical, reading: Reading, settings: VolumeSettings) -> tuple[Channel, Reading]:

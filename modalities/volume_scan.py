@@ -11,7 +11,7 @@ from modalities.beside import split_beside
 from modalities.duplicates import find_duplicates, in_groups
 from modalities.medical import VolumeSettings
 from modalities.modality import intensity_notes, refuse_other
-from modalities.nifti import ENDINGS, find_nifti, patient_of
+from modalities.nifti import ENDINGS, find_nifti, find_others, patient_of
 from modalities.pseudonyms import pseudonyms
 from modalities.scene import Rejected, SceneError
 from modalities.sessions import put_together
@@ -50,7 +50,8 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
     images, *beside = split_beside(nifti, folder, settings)
     patients = {file: patient_of(file.relative_to(folder).as_posix(), settings.group_pattern) for kind in beside for file in kind.files}
     found, refused = find_nifti(images, folder, settings)
-    ignored = sorted(set(files) - set(nifti))
+    others = find_others(files, folder)
+    ignored = sorted(set(files) - set(nifti) - {file for item in others for file in item.files})
     volumes: list[Volume] = []
     for item in found:
         try:
@@ -62,7 +63,7 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
             refused.append(Refused(item.source.files, item.place, str(error), error.code, error.code == "other_modality"))
     unique = find_duplicates(volumes, settings.duplicates, names)
     together = put_together(unique.volumes, settings, names)
-    refused += [*unique.refused, *together.refused]
+    refused += [*unique.refused, *together.refused, *others]
     scenes = in_groups(together.scenes, unique.groups)
     used = {file for scene in together.scenes for file in scene.files}
     for kind in beside:

@@ -106,7 +106,7 @@ def test_nothing_there_or_nothing_usable_is_an_error_that_counts_the_reasons(tmp
         save_volume(tmp_path / f"{number:02}.nii", np.zeros(SPACE, np.uint8))
     (tmp_path / "note.txt").write_text("text")
     counts = r"holds nothing usable as mri: 13 files found, 12 rejected, 1 of another kind, excluded or not asked for\."
-    wanted = counts + r"\n  file-[0-9a-f]{16} and 11 more: all voxels are zero$"
+    wanted = counts + r"\n  file-[0-9a-f]{16} and 11 more: all voxels are zero\n"
     with pytest.raises(SceneError, match=wanted):
         scan(tmp_path, NATIVE)
 
