@@ -20,6 +20,7 @@ from pydantic import Field
 
 from mae_core.augment import AugmentSettings
 from mae_core.bands import BandSettings
+from mae_core.case_metrics import CaseSettings
 from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
@@ -36,9 +37,12 @@ from mae_core.vit import Block, Encoder
 from modalities.label_file import LabelOptions
 from modalities.scene import SceneError
 from pipelines.bands import store_matching
+from pipelines.case_report import summary as case_summary
+from pipelines.case_report import tell_cases
+from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
 from pipelines.kernels import checked_attention
-from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_store, labelled_task, missing
+from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
@@ -48,6 +52,7 @@ from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, mod
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
+CASES_TABLE, SCORES = "cases.csv", ("scores.json", "confusion.json", "cases.json")
 MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "prepare.num_workers", "prepare.scheduler")
 
 
@@ -71,6 +76,7 @@ class FinetuneSettings(Settings):
     overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops when held-out tiles are labelled")
     layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that a ViT's last block is passed by in training; less in earlier ones")
+    cases: CaseSettings = CaseSettings()
     head: HeadSettings = HeadSettings()
     prepare: PrepareSettings = PrepareSettings()
     augment: AugmentSettings = AugmentSettings()
@@ -94,6 +100,7 @@ class Job:
         parallel: This process.
         config: Resolved settings as they are recorded.
         parent: Registered version of the encoder, if it is known.
+        cases: Held-out scans; none where images are no volumes.
     """
 
     settings: FinetuneSettings
@@ -105,13 +112,30 @@ class Job:
     parallel: Parallel
     config: dict[str, Any]
     parent: Registered | None = None
+    cases: tuple[Case, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an arm is judged by.
+
+    Attributes:
+        scores: By name, over all voxels of whole held-out tiles.
+        confusion: Voxels by true and predicted class.
+        rows: Of every held-out case and class; none where images are no volumes.
+    """
+
+    scores: dict[str, float]
+    confusion: list[list[int]]
+    rows: list[Row]
 
 
 def work(settings: FinetuneSettings) -> int:
     """Do it."""
     folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
-    store = labelled_store(settings, about)
+    data = labelled_data(settings, about)
+    store = data.store
     settings = settings.model_copy(update={"crop": fitting_crop(settings, about, store)})
     config = to_plain(settings) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     with processes(settings.train.device) as parallel:
@@ -121,7 +145,9 @@ def work(settings: FinetuneSettings) -> int:
                 console.print(f"run {settings.out} is finished; its result is told again")
                 tell(done)
             return 0
-        result = _compare(replace(make_job(settings, encoder, about, store, parallel, config), parent=version))
+        cases = held_out_cases(store.index.scene[store.rows(judged_side(store))].tolist(), data.pairs)
+        job = make_job(settings, encoder, about, store, parallel, config)
+        result = _compare(replace(job, parent=version, cases=tuple(cases)))
     if result:
         tell(result)
     return 0
@@ -164,20 +190,21 @@ def _compare(job: Job) -> dict[str, Any]:
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names)}
             tracker.dataset(job.store.kind, job.store.digest, "fine-tuning", facts)
-        found = {f"{arm}-seed{seed}": train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
-        scores, confused = {name: part for name, (part, _) in found.items()}, {name: part for name, (_, part) in found.items()}
+        found = {(arm, seed): train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
         if tracker is None:
             return {}
         for arm in arms:
-            own = [scores[f"{arm}-seed{seed}"] for seed in settings.seeds]
+            own = [found[arm, seed].scores for seed in settings.seeds]
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
+        cases = _cases(job, {key: part.rows for key, part in found.items()}, tracker)
         facts = _register(job, arms[0], tracker)
     summary: dict[str, Any] = {
         "arms": arms,
         "seeds": list(settings.seeds),
         "classes": list(job.task.names),
-        "held_out": scores,
-        "confusion": confused,
+        "held_out": {f"{arm}-seed{seed}": part.scores for (arm, seed), part in found.items()},
+        "confusion": {f"{arm}-seed{seed}": part.confusion for (arm, seed), part in found.items()},
+        **cases,
     }
     summary["side"] = judged_side(job.store)
     bands = store_matching(job.about, job.store, settings.bands).table()
@@ -186,17 +213,32 @@ def _compare(job: Job) -> dict[str, Any]:
     return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, "bands": bands, **facts})
 
 
+def _cases(job: Job, found: dict[tuple[str, int], list[Row]], tracker: Tracker) -> dict[str, Any]:
+    """Figures over cases for `result.json`; every row goes into `cases.csv`, and as a table to the tracker."""
+    if not any(found.values()):
+        return {}
+    columns = table_of(found)
+    write_csv(job.settings.out / CASES_TABLE, columns)
+    tracker.table("cases.json", columns)
+    figures = case_summary(found, job.settings.cases)
+    for arm, classes in figures["arms"].items():
+        for name, measures_of in classes.items():
+            known = {measure: entry["mean"] for measure, entry in measures_of.items() if isinstance(entry, dict)}
+            tracker.metrics({f"cases/{arm}/{measure}/{name}": value for measure, value in known.items() if value is not None}, 0)
+    return {"cases": figures}
+
+
 def judged_side(store: TileStore) -> Split:
     """The tiles that the last figures are from: named regions (`prepare.split.regions`) where there are any, else what is held out."""
     return "test" if len(store.rows("test")) else "val"
 
 
-def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> tuple[dict[str, float], list[list[int]]]:
-    """Train one arm, or go on with it, and score it on whole held-out tiles; scores and confusion."""
+def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
+    """Train one arm, or go on with it, and score it on whole held-out tiles and cases."""
     settings, folder = job.settings, job.settings.out / f"{arm}-seed{seed}"
-    if (folder / "scores.json").is_file() and (folder / "confusion.json").is_file():
-        scores = {name: float(value) for name, value in recall(folder, "scores.json").items()}
-        return scores, recall(folder, "confusion.json")["voxels"]
+    if all((folder / name).is_file() for name in SCORES):
+        known, voxels, cases = (recall(folder, name) for name in SCORES)
+        return Scored({name: float(value) for name, value in known.items()}, voxels["voxels"], rows_from(cases["rows"]))
     model = new_segmenter(job, arm, seed)
     lr = learning_rate(settings.optim, settings.loader.global_batch_size)
     layers = partial(layer_number, depth=job.about.encoder.depth)
@@ -228,15 +270,18 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> tuple[d
         with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
             train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
+        about = segmenter_description(job, arm, child.run_id if child is not None else "")
+        rows = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel).rows(model, job.cases)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
-            save_segmenter(job, model, folder / "model", arm, child.run_id)
+            save_model(folder / "model", model, about)
+            write_json(folder / "cases.json", {"rows": plain_rows(rows)})
             write_json(
                 folder / "confusion.json", {"rows": "labelled", "columns": "predicted", "classes": job.task.names, "voxels": confused}
             )
             write_json(folder / "scores.json", scores)
     job.parallel.barrier()
-    return scores, confused
+    return Scored(scores, confused, rows)
 
 
 def new_segmenter(job: Job, arm: str, seed: int) -> Segmenter:
@@ -270,26 +315,21 @@ def score(task: Segmentation, model: Segmenter, overlap: float) -> tuple[dict[st
     return scores, [[int(count) for count in row] for row in total]
 
 
-def save_segmenter(job: Job, model: Segmenter, folder: Path, arm: str, run_id: str) -> None:
-    """Write the model folder of an arm."""
+def segmenter_description(job: Job, arm: str, run_id: str) -> Description:
+    """What the segmenter of an arm is, how it is fed and where it comes from."""
     lineage = {**job.about.lineage, "labelled_store_digest": job.store.digest, "finetuning_run": run_id, "init": arm}
     if arm == "pretrained":
         lineage |= {"encoder_weights": job.config["encoder_weights"]} | ({"encoder_version": job.parent.uri} if job.parent else {})
-    classes = tuple(zip(job.task.values, job.task.names, strict=True))
-    save_model(
-        folder,
-        model,
-        job.about.model_copy(
-            update={
-                "kind": "segmenter",
-                "crop": job.settings.crop,
-                "head": job.settings.head,
-                "classes": classes,
-                "colours": colours_of(job.settings, job.store, job.task.values),
-                "bands": job.settings.bands.model_copy(update={"accept_units": False}),
-                "lineage": lineage,
-            }
-        ),
+    return job.about.model_copy(
+        update={
+            "kind": "segmenter",
+            "crop": job.settings.crop,
+            "head": job.settings.head,
+            "classes": tuple(zip(job.task.values, job.task.names, strict=True)),
+            "colours": colours_of(job.settings, job.store, job.task.values),
+            "bands": job.settings.bands.model_copy(update={"accept_units": False}),
+            "lineage": lineage,
+        }
     )
 
 
@@ -322,6 +362,8 @@ def tell(result: dict[str, Any]) -> None:
     table(f"{where}, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
     if figures.get("confusion"):
         tell_confusion(figures)
+    if figures.get("cases"):
+        tell_cases(figures["cases"])
     console.print(
         f"Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of {where}, on which no arm was trained."
     )

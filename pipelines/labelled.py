@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -21,6 +21,7 @@ from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
+from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
@@ -85,8 +86,26 @@ def missing(data: Path, labels: Path) -> list[str]:
     return [f"{name} = {path}: does not exist" for name, path in (("data", data), ("labels", labels)) if not path.exists()]
 
 
+@dataclass(frozen=True)
+class LabelledData:
+    """Images with labels, cut into tiles and whole.
+
+    Attributes:
+        store: The tiles.
+        pairs: The scenes that they are cut from, each with its labels.
+    """
+
+    store: TileStore
+    pairs: tuple[tuple[Scene, LabelMap], ...]
+
+
 def labelled_store(settings: Labelled, about: Description) -> TileStore:
-    """The tile store of images and labels, read as the encoder's data were; prepared unless it is already."""
+    """The tile store of `labelled_data`."""
+    return labelled_data(settings, about).store
+
+
+def labelled_data(settings: Labelled, about: Description) -> LabelledData:
+    """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already."""
     reader = reader_of(about, settings.reader)
     catalogue = scan(settings.data, reader)
     labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore)
@@ -99,7 +118,7 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
     plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)) | attributes)
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
     prepare_store(catalogue, path, reader, prepare, labels, attributes)
-    return TileStore.open(path)
+    return LabelledData(TileStore.open(path), tuple(labelling.pairs))
 
 
 def class_attributes(labelling: Labelling) -> dict[str, Any]:

@@ -169,3 +169,20 @@ def test_strips_begin_at_steps() -> None:
     assert strips(1300, 700, 512) == [slice(0, 512), slice(512, 1024), slice(1024, 1300)]
     assert strips(1300, 5000, 512) == [slice(0, 1300)]
     assert strips(100, 1, 512) == [slice(0, 100)]
+
+
+def test_blending_is_monais_sliding_window_with_gaussian_weights() -> None:
+    """Where both choose the same windows: MONAI pushes its last one back to the border, ours are spread evenly."""
+    from monai.inferers import sliding_window_inference
+
+    space, crop = (24, 20, 12), (8, 8, 4)
+    image = torch.rand((1, 1, *space), generator=torch.Generator().manual_seed(0))
+
+    def network(part: Tensor) -> Tensor:
+        """Another answer for the same voxel in every window that it lies in."""
+        inner = part - part.mean(dim=(2, 3, 4), keepdim=True)
+        return torch.cat([inner, inner.square()], dim=1)
+
+    wanted = sliding_window_inference(image, crop, 3, network, overlap=0.5, mode="gaussian")
+    found = Blend(space, crop, 0.5, lambda chosen: torch.cat([network(image[(..., *window)]) for window in chosen]), 3).whole()
+    torch.testing.assert_close(found, wanted[0], rtol=1e-5, atol=1e-6)

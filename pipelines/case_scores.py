@@ -1,0 +1,179 @@
+"""Held-out scans are labelled whole, brought back to the lattice of their files and judged there, one row for each case and class."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mae_core.bands import BandSettings
+from mae_core.case_metrics import NAMES, CaseScores, CaseSettings, judge_case
+from mae_core.export import Description
+from mae_core.heads import Segmenter
+from mae_core.labelling import Labeller
+from mae_core.parallel import Parallel
+from modalities.labels import WithoutSome
+from modalities.scene import LabelMap, Scene
+from modalities.volume import VolumeLabels, VolumeScene
+from pipelines.bands import matched, model_bands, scene_bands
+from pipelines.label_scene import source_of
+
+NO_CLASS = 255
+"""In a map of class indices: the scene has no value there."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out scan and its reference."""
+
+    scene: VolumeScene
+    labels: VolumeLabels
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one class of one case is judged by.
+
+    Attributes:
+        case, patient: Pseudonyms.
+        value, name: Of the class.
+        scores: Its numbers.
+    """
+
+    case: str
+    patient: str
+    value: int
+    name: str
+    scores: CaseScores
+
+
+Look = Callable[[Case, NDArray[np.int64], NDArray[np.int64]], None]
+"""Is shown a case with the class numbers predicted and those of the reference, in the order of the file."""
+
+
+def held_out_cases(scenes: Iterable[str], pairs: Sequence[tuple[Scene, LabelMap]]) -> list[Case]:
+    """The volumes among the scenes of some tiles, with their labels; in a fixed order."""
+    wanted = set(scenes)
+    cases = []
+    for scene, found in pairs:
+        labels = found.labels if isinstance(found, WithoutSome) else found
+        if scene.name in wanted and isinstance(scene, VolumeScene) and isinstance(labels, VolumeLabels):
+            cases.append(Case(scene, labels))
+    return sorted(cases, key=lambda case: case.scene.name)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges a model case by case.
+
+    Attributes:
+        about: How the model is fed, its classes in the order of the scores.
+        overlap: Of neighbouring crops.
+        bands: How a scene's channels are found among the model's.
+        batch_size: Crops that are predicted at once.
+        settings: Of the scores.
+        parallel: The processes divide the cases among them.
+    """
+
+    about: Description
+    overlap: float
+    bands: BandSettings
+    batch_size: int
+    settings: CaseSettings
+    parallel: Parallel
+
+    def rows(self, model: Segmenter, cases: Sequence[Case], look: Look | None = None) -> list[Row]:
+        """Rows of all cases, the same in every process.
+
+        Raises:
+            SceneError: A file cannot be read any more.
+        """
+        values = [value for value, _ in self.about.classes]
+        judged = [(value, name) for value, name in self.about.classes if value != 0]
+        found = torch.zeros(len(cases), len(judged), len(NAMES), dtype=torch.float64)
+        for number in range(self.parallel.rank, len(cases), self.parallel.world):
+            case = cases[number]
+            predicted, reference = self.predicted(model, case.scene), case.labels.native().astype(np.int64)
+            scores = judge_case(predicted, reference, spacing_of(case.scene), values, self.settings)
+            for place, (value, _) in enumerate(judged):
+                found[number, place] = torch.tensor([getattr(scores[value], name) for name in NAMES], dtype=torch.float64)
+            if look is not None:
+                look(case, predicted, reference)
+        every = self.parallel.sum(found.to(self.parallel.device)).cpu()
+        return [
+            Row(case.scene.name, case.scene.group, value, name, CaseScores(*every[number, place].tolist()))
+            for number, case in enumerate(cases)
+            for place, (value, name) in enumerate(judged)
+        ]
+
+    def predicted(self, model: Segmenter, scene: VolumeScene) -> NDArray[np.int64]:
+        """Class numbers on the lattice of the scene's first file, in its order; -1 where the scene has no value."""
+        about = self.about
+        places = about.model_copy(update={"classes": tuple((place, name) for place, (_, name) in enumerate(about.classes))})
+        labeller = Labeller(model, places, self.overlap, NO_CLASS, self.batch_size)
+        names = matched(model_bands(about), scene_bands(scene), self.bands).names
+        native = scene.native(labeller.label(source_of(scene, names)))
+        numbers = np.full(NO_CLASS + 1, -1, np.int64)
+        numbers[: len(about.classes)] = [value for value, _ in about.classes]
+        return numbers[native]
+
+
+def spacing_of(scene: VolumeScene) -> tuple[float, ...]:
+    """Millimetres between voxels along the axes of the scene's first file."""
+    return tuple(float(size) for size in scene.header.grid.spacing)
+
+
+def plain_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as JSON and CSV hold them: a value that there is none of is None."""
+    return [
+        {"case": row.case, "patient": row.patient, "class": row.value, "name": row.name, "state": row.scores.state}
+        | {name: None if math.isnan(value) else value for name, value in vars(row.scores).items()}
+        for row in rows
+    ]
+
+
+def rows_from(plain: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows that `plain_rows` gave."""
+    return [
+        Row(
+            str(row["case"]),
+            str(row["patient"]),
+            int(row["class"]),
+            str(row["name"]),
+            CaseScores(*(math.nan if row[name] is None else float(row[name]) for name in NAMES)),
+        )
+        for row in plain
+    ]
+
+
+COLUMNS = ("arm", "seed", "case", "patient", "class", "name", "state", *NAMES)
+"""Of `cases.csv`."""
+
+
+def table_of(found: Mapping[tuple[str, int], Sequence[Row]]) -> dict[str, list[str]]:
+    """Columns of `cases.csv` as texts, from the rows by arm and seed; numbers with six digits, nothing where there is no value."""
+    rows = [{"arm": arm, "seed": seed, **row} for (arm, seed), own in found.items() for row in plain_rows(own)]
+    return {name: [_text(row[name]) for row in rows] for name in COLUMNS}
+
+
+def write_csv(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
+    """Write a table, whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    aside.replace(path)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
