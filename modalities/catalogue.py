@@ -101,7 +101,14 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings) -> Catalogue:
         root,
         tuple(sorted(scenes, key=lambda scene: scene.name)),
         tuple(sorted((item for item in rejected if not item.unwanted), key=lambda item: item.file)),
-        tuple(sorted([*(file.relative_to(folder).as_posix() for file in ignored), *(item.file for item in unwanted)])),
+        tuple(
+            sorted(
+                [
+                    *(file.relative_to(folder).as_posix() for file in ignored),
+                    *(item.file for item in unwanted for _ in range(item.num_files)),
+                ]
+            )
+        ),
         len(found),
         readers,
         (*notes, *_not_asked_for(unwanted)),
@@ -121,7 +128,9 @@ def _with_described(root: Path, folder: Path) -> list[Path]:
 
 
 def _not_asked_for(unwanted: Sequence[Rejected]) -> list[str]:
-    counts = Counter(item.reason for item in unwanted)
+    counts: Counter[str] = Counter()
+    for item in unwanted:
+        counts[item.reason] += item.num_files
     return [f"ignored {count} files: {reason}" for reason, count in sorted(counts.items())]
 
 

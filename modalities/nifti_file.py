@@ -182,6 +182,21 @@ def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
     header["pixdim"][:4] = like["pixdim"][:4]
     if not _is_size(like["pixdim"][1:4]):
         header["pixdim"][:4] = [1.0, *np.linalg.norm(like.get_sform()[:3, :3], axis=0)]
+    _write(header, path, values)
+
+
+def write_on(lattice: VolumeHeader, path: Path, values: NDArray[np.uint8]) -> None:
+    """Writes `values` to `path` as .nii.gz on a lattice that came from no NIfTI file: in mm, sform and qform code 1 (scanner)."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(values.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(lattice.grid.matrix, code=1)
+    header.set_qform(lattice.grid.matrix, code=1)
+    _write(header, path, values)
+
+
+def _write(header: Any, path: Path, values: NDArray[np.uint8]) -> None:
     for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", 1), ("scl_inter", 0)):
         header[key] = value
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modalities.beside import split_beside
+from modalities.dicom import find_dicom
 from modalities.duplicates import find_duplicates, in_groups
 from modalities.medical import VolumeSettings
 from modalities.modality import intensity_notes, refuse_other
@@ -50,8 +51,10 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
     images, *beside = split_beside(nifti, folder, settings)
     patients = {file: patient_of(file.relative_to(folder).as_posix(), settings.group_pattern) for kind in beside for file in kind.files}
     found, refused = find_nifti(images, folder, settings)
-    others = find_others(files, folder)
-    ignored = sorted(set(files) - set(nifti) - {file for item in others for file in item.files})
+    dicom = find_dicom(sorted(set(files) - set(nifti)), folder, settings)
+    others = find_others(dicom.others, folder)
+    ignored = sorted(set(dicom.others) - {file for item in others for file in item.files})
+    found, refused = [*found, *dicom.found], [*refused, *dicom.refused]
     volumes: list[Volume] = []
     for item in found:
         try:
@@ -70,6 +73,10 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
         lost = [file for file in kind.files if file not in used]
         reason = f"marks {kind.what} of no scan that is used"
         refused += [Refused((file,), file.relative_to(folder).as_posix(), reason, "marks_nothing") for file in lost]
-    rejected = [Rejected(names.of("file", item.place), item.reason, item.unwanted, item.code, len(item.files)) for item in refused]
-    notes = (*together.notes, *unique.notes, *intensity_notes(volumes, settings))
+    rejected = []
+    for missed in refused:
+        own = set(missed.files) - used  # a file that holds several volumes counts once
+        used |= own
+        rejected.append(Rejected(names.of("file", missed.place), missed.reason, missed.unwanted, missed.code, len(own)))
+    notes = (*dicom.notes, *together.notes, *unique.notes, *intensity_notes(volumes, settings))
     return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes)

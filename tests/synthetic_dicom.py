@@ -24,10 +24,10 @@ ENHANCED = {"MR": "1.2.840.10008.5.1.4.1.1.4.1", "CT": "1.2.840.10008.5.1.4.1.1.
 
 AXIAL = np.array([[-0.9, 0, 0, 40], [0, -1.1, 0, 60], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])
 SAGITTAL = np.array([[0, 0, 2.5, -30], [-0.9, 0, 0, 60], [0, -1.1, 0, 40], [0, 0, 0, 1.0]])
-CORONAL = np.array([[-0.9, 0, 0, 40], [0, 0, 2.5, -20], [0, -1.1, 0, 60], [0, 0, 0, 1.0]])
+CORONAL = np.array([[-0.9, 0, 0, 40], [0, 0, -2.5, 20], [0, -1.1, 0, 60], [0, 0, 0, 1.0]])
 _TURN = np.array([[0.96, -0.28, 0.0, 0], [0.2688, 0.9216, -0.28, 0], [0.0784, 0.2688, 0.96, 0], [0, 0, 0, 1.0]])
 PLANES = {"axial": AXIAL, "sagittal": SAGITTAL, "coronal": CORONAL, "oblique": _TURN @ AXIAL}
-"""RAS+ affines of `(column, row, slice)` as scanners make them; the oblique one turns about two axes by 16.26 degrees each."""
+"""RAS+ affines of `(column, row, slice)` as scanners make them, slices along the normal; the oblique one is turned about two axes."""
 
 
 def uid(*names: Any) -> str:

@@ -44,12 +44,13 @@ HOMES = {
     ],
     "pyogrio": ["modalities/label_file.py"],
     "nibabel": [
+        "modalities/dicom_mosaic.py",
         "modalities/nifti_file.py",
         "modalities/samples.py",
         "modalities/tile_file.py",
         "pipelines/benchmark_ceiling.py",
     ],
-    "pydicom": ["modalities/dicom.py", "modalities/dicom_file.py", "modalities/dicom_pixels.py"],
+    "pydicom": ["modalities/dicom_file.py", "modalities/dicom_pixels.py"],
     "highdicom": ["modalities/dicom_seg.py"],
     "scipy": [
         "modalities/class_band.py",
