@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from modalities.landsat import LandsatSettings
-from modalities.medical import CtSettings, MriSettings, VolumeSettings
+from modalities.medical import CtSettings, MriSettings, ScanSettings, VolumeSettings, XraySettings
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
@@ -22,9 +22,10 @@ from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
 from modalities.stac import files_of
 from modalities.volume_scan import scan_volumes
+from modalities.xray_scan import scan_xrays
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
-ReaderSettings = Annotated[ImageSettings | MriSettings | CtSettings, Field(discriminator="kind")]
+ReaderSettings = Annotated[ImageSettings | MriSettings | CtSettings | XraySettings, Field(discriminator="kind")]
 """One of the adapters' settings, told apart by `kind`."""
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|/vsi")
@@ -63,7 +64,7 @@ class Catalogue:
         return len({file for scene in self.scenes for file in scene.files})
 
 
-def scan(root: Path, settings: ImageSettings | VolumeSettings) -> Catalogue:
+def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) -> Catalogue:
     """Catalogue of a folder (searched to its depth) or of a single file.
 
     A product's metadata file stands for the product, and a STAC item for itself and the files that it leads to.
@@ -77,7 +78,7 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings) -> Catalogue:
         raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
     folder = root if root.is_dir() else root.parent
-    found = every_file(root) if isinstance(settings, VolumeSettings) else _with_described(root, folder)
+    found = every_file(root) if isinstance(settings, ScanSettings) else _with_described(root, folder)
     kept: list[Path] = []
     ignored: list[Path] = []
     for file in found:
@@ -91,6 +92,10 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings) -> Catalogue:
         volumes = scan_volumes(kept, folder, settings)
         ignored += volumes.ignored
         scenes, rejected, notes, rows, names = volumes.scenes, volumes.rejected, volumes.notes, volumes.rows, volumes.names
+    elif isinstance(settings, XraySettings):
+        pictures = scan_xrays(kept, folder, settings)
+        ignored += pictures.ignored
+        scenes, rejected, notes = pictures.scenes, pictures.rejected, pictures.notes
     else:
         images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored

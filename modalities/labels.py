@@ -21,6 +21,8 @@ from modalities.scene import LabelMap, Rejected, Scene, SceneError
 from modalities.series import SeriesLabels, SeriesScene
 
 MATRIX = ".mat"
+PICTURE = ".png"
+"""Of labels of X-ray pictures alone: beside satellite images, a PNG is a preview."""
 ENDINGS = (*RASTERS, MATRIX, ".nii", ".nii.gz", ".gpkg", ".geojson", ".shp")
 """Of label files in a folder. A `.json` is one only where it is given by itself: many others have that ending."""
 
@@ -107,7 +109,9 @@ def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Pat
     """The label file of each scene, the scenes without one, and whether a single file serves all."""
     if not labels.exists():
         raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
-    endings = (*ENDINGS, ".json") if labels.is_file() else ENDINGS
+    endings: tuple[str, ...] = (*ENDINGS, ".json") if labels.is_file() else ENDINGS
+    if any(scene.label_suffix == PICTURE for scene in catalogue.scenes):
+        endings = (PICTURE,)
     files = [file for file in every_file(labels.absolute()) if file.name.lower().endswith(endings)]
     by_stem: dict[str, Path] = {}
     for file in files:
@@ -126,7 +130,7 @@ def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Pat
         if label is None:
             without.append(Rejected(scene.files[0].name, "no label file of the same name"))
             continue
-        if scene.label_suffix == ".nii.gz" and patients.setdefault(label, scene.group) != scene.group:
+        if scene.label_suffix in (".nii.gz", PICTURE) and patients.setdefault(label, scene.group) != scene.group:
             other = f"{label} would label scans of several patients, one of them {scene.files[0]}"
             raise SceneError(f"{other}; name each label file like its image")
         found.append((scene, label))
@@ -153,7 +157,7 @@ def _open(
 
 
 def _is_image(scene: Scene) -> bool:
-    return len(scene.grid.space) == 2 and scene.grid.frame != "RAS+"
+    return len(scene.grid.space) == 2 and scene.label_suffix != PICTURE
 
 
 def _is_vector(file: Path) -> bool:

@@ -15,14 +15,36 @@ from modalities.scene import AdapterSettings
 Duplicates = Literal["refuse", "keep"]
 
 
-class VolumeSettings(AdapterSettings):
+class ScanSettings(AdapterSettings):
+    """How a folder of scans of patients is read, whatever was measured.
+
+    Attributes:
+        exclude: Patterns of file names or relative paths to leave out, as in a shell.
+        group_pattern: Regular expression, searched in the relative path of a file that does not name the patient itself; its first group
+            that matches does, whatever the case. Where nothing matches, the path without its sequence (`T1`, `FLAIR`…) does.
+    """
+
+    kind: str
+    exclude: tuple[str, ...] = ()
+    group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if not groups:
+            raise ValueError("it needs a group in parentheses around what names the patient")
+        return value
+
+
+class VolumeSettings(ScanSettings):
     """How a folder of volumes is read, whatever was measured.
 
     Attributes:
         spacing_mm: Spacing of the scenes along the axes that lie closest to R, A and S; None keeps each file's own.
-        exclude: Patterns of file names or relative paths to leave out, as in a shell.
-        group_pattern: Regular expression, searched in the relative path of a NIfTI file; its first group that matches names the patient,
-            whatever the case. Where nothing matches, the path without its sequence (`T1`, `FLAIR`…) does.
         min_planes: Fewest voxels on an axis of a usable volume.
         min_field_mm: Least extent of a usable volume along an axis.
         policies: What is done with volumes that are doubtful and could be used all the same.
@@ -51,10 +73,7 @@ class VolumeSettings(AdapterSettings):
             one, or keep them; the patients that they are of are on one side of every split in either case.
     """
 
-    kind: str
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
-    exclude: tuple[str, ...] = ()
-    group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
     min_planes: int = Field(default=5, ge=1)
     min_field_mm: float = Field(default=5.0, ge=0)
     policies: VolumePolicies = VolumePolicies()
@@ -82,17 +101,6 @@ class VolumeSettings(AdapterSettings):
     @classmethod
     def _four_d(cls, value: dict[str, str]) -> dict[str, str]:
         return with_defaults(value)
-
-    @field_validator("group_pattern")
-    @classmethod
-    def _pattern(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if not groups:
-            raise ValueError("it needs a group in parentheses around what names the patient")
-        return value
 
 
 class MriSettings(VolumeSettings):
@@ -124,4 +132,32 @@ class CtSettings(VolumeSettings):
     def _window(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not -1024 <= value[0] < value[1] <= 32767:
             raise ValueError("two rising numbers from -1024 to 32767 HU are wanted")
+        return value
+
+
+class XraySettings(ScanSettings):
+    """How an archive of plain X-ray pictures is read: DICOM (CR, DX, MG) of one frame, and grey PNG of 8 or 16 bits.
+
+    Attributes:
+        spacing_mm: Distance between rows and between columns of the scenes; None keeps each picture's own. A picture of which nobody
+            knows the spacing is refused where one is wanted.
+        intensity: As of `MriSettings`, over what was exposed.
+        voi: What is made of the window that a DICOM file would be shown with: none feeds all grey values as they were measured; window
+            cuts them to the window first.
+        burned_in: What becomes of a picture whose header says that there is writing in it, which may name the patient.
+        max_pixels: Most pixels of a picture; looked at before any is read.
+    """
+
+    kind: Literal["xray"] = "xray"
+    spacing_mm: tuple[float, float] | None = None
+    intensity: Literal["zscore", "percentile"] = "zscore"
+    voi: Literal["none", "window"] = "none"
+    burned_in: Literal["reject", "use"] = "reject"
+    max_pixels: int = Field(default=1 << 27, ge=1)
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _spacing(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
+            raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
         return value

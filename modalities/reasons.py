@@ -47,6 +47,7 @@ REASONS = {
     "copied_file": Reason("The same DICOM image (SOPInstanceUID) as another file; one of them is used", "nothing, or delete the copies"),
     "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY, is_damage=True),
     "damaged_header": Reason("The header holds what no header of its format can", _COPY, is_damage=True),
+    "damaged_picture": Reason("The PNG is damaged", _COPY, is_damage=True),
     "damaged_pixels": Reason("Compressed pixels that cannot be decoded", _COPY, is_damage=True),
     "dicomdir": Reason("A DICOMDIR, which only lists other files", "nothing"),
     "duplicate": Reason(
@@ -84,7 +85,7 @@ REASONS = {
     "no_pixels": Reason("A DICOM file of a scan without pixels, or one that ends before them", _COPY, is_damage=True),
     "no_position": Reason("Nobody said where its slices lie", _EXPORT),
     "no_series": Reason("Nobody said which series it belongs to", _EXPORT),
-    "no_spacing": Reason("Nobody said how large its pixels are", _EXPORT),
+    "no_spacing": Reason("Nobody said how large its pixels are", f"{_EXPORT}; or, of X-ray pictures, set reader.spacing_mm=null"),
     "not_an_image": Reason("DICOM, but no image that was measured (a report, contours, a segmentation)", "nothing"),
     "not_coregistered": Reason(
         "It lies on another lattice than most sequences of its session", "register and resample it, or set reader.other_lattice=separate"

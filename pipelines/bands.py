@@ -24,6 +24,7 @@ REMEDY = {
     "satellite": "set the levels, scale and offset of the sensor's reader, such as reader.sentinel2.levels or reader.sentinel1.unit",
     "sentinel1": "say what the files hold with reader.unit (dB, power or amplitude) and reader.level",
     "mri": "feed volumes through the reader that the model was trained with: reader.kind=mri, and leave out changes in reader",
+    "xray": "feed pictures through the reader that the model was trained with: reader.kind=xray, and leave out changes in reader",
     "ct": "feed CT in HU through the reader that the model was trained with: reader.kind=ct, and leave out changes in reader",
 }
 WINDOWS, SIDE = 3, 64

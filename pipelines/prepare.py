@@ -30,7 +30,7 @@ from pipelines.store_facts import tell_values, value_columns
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
 IMAGES = ("satellite", "sentinel2", "sentinel1", "landsat", "raster")
 VOLUMES = ("mri", "ct")
-TILES = {**dict.fromkeys(IMAGES, (128, 128)), **dict.fromkeys(VOLUMES, (64, 64, 64))}
+TILES = {**dict.fromkeys(IMAGES, (128, 128)), **dict.fromkeys(VOLUMES, (64, 64, 64)), "xray": (256, 256)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 SERIES_AXES = ("time", "y", "x")
 
@@ -38,7 +38,7 @@ SERIES_AXES = ("time", "y", "x")
 class PrepareVerb(Settings):
     """Settings of `prepare`."""
 
-    modality: Literal["satellite", "sentinel2", "sentinel1", "landsat", "raster", "series", "mri", "ct"] = Field(
+    modality: Literal["satellite", "sentinel2", "sentinel1", "landsat", "raster", "series", "mri", "ct", "xray"] = Field(
         description="Which adapter reads the files"
     )
     data: Path = Field(description="Folder of files, searched to its depth, or one file")

@@ -29,6 +29,7 @@ ROWS = {
 HOMES = {
     "rasterio": [
         "modalities/ground.py",
+        "modalities/grey_png.py",
         "modalities/cog.py",
         "modalities/raster.py",
         "modalities/raster_file.py",
