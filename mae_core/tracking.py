@@ -78,6 +78,12 @@ def tracking_uri(settings: TrackingSettings, out: Path) -> str:
     return uri
 
 
+def artifact_folder(settings: TrackingSettings, out: Path) -> Path | None:
+    """The folder of this machine that the artifacts of a new experiment go to; None where a server keeps them."""
+    uri = tracking_uri(settings, out)
+    return Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+
+
 class Tracker:
     """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began.
 

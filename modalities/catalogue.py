@@ -13,6 +13,7 @@ from pydantic import Field
 
 from modalities.landsat import LandsatSettings
 from modalities.medical import CtSettings, MriSettings, ScanSettings, VolumeSettings, XraySettings
+from modalities.patients import of_patients
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
 from modalities.satellite import SatelliteSettings, scan_images
@@ -46,17 +47,24 @@ class Catalogue:
         notes: Lines on what the numbers in the scenes are taken for, and how that is known.
         rows: Of scans, one for each that was found, under pseudonyms.
         names: Of scans, what each pseudonym stands for; goes nowhere but into a crosswalk that is asked for.
+        kind: Of the reader's settings.
     """
 
-    root: Path
+    root: Path = field(repr=False)
     scenes: tuple[Scene, ...]
     rejected: tuple[Rejected, ...]
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...] = field(repr=False)
     num_files: int
     readers: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kind: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a message calls the folder: its path, but for the scans of patients, whose folders can be called like them."""
+        return "--data" if of_patients(self.kind) else str(self.root)
 
     @property
     def num_used(self) -> int:
@@ -72,10 +80,11 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
     Raises:
         SceneError: `root` does not exist, or holds no usable file; the message counts the reasons.
     """
+    label = "--data" if of_patients(settings.kind) else str(root)
     if REMOTE.match(str(root)):
-        raise SceneError(f"{root} is not on this machine, and nothing remote is read; fetch it and give its folder")
+        raise SceneError(f"{label} is not on this machine, and nothing remote is read; fetch it and give its folder")
     if not root.exists():
-        raise SceneError(f"{root} does not exist; --data wants a folder of files or one file")
+        raise SceneError(f"{label} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
     folder = root if root.is_dir() else root.parent
     found = every_file(root) if isinstance(settings, ScanSettings) else _with_described(root, folder)
@@ -119,8 +128,9 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
         (*notes, *_not_asked_for(unwanted)),
         rows,
         names,
+        settings.kind,
     )
-    _check(catalogue, settings.kind)
+    _check(catalogue)
     return catalogue
 
 
@@ -146,10 +156,10 @@ def every_file(root: Path) -> list[Path]:
     return sorted(file for file in root.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
-def _check(catalogue: Catalogue, kind: str) -> None:
+def _check(catalogue: Catalogue) -> None:
     total = catalogue.num_used + sum(item.num_files for item in catalogue.rejected) + len(catalogue.ignored)
     if total != catalogue.num_files:
-        raise AssertionError(f"the catalogue of {catalogue.root} lost files: {total} accounted of {catalogue.num_files}")
+        raise AssertionError(f"the catalogue of {catalogue.label} lost files: {total} accounted of {catalogue.num_files}")
     if not catalogue.scenes:
         counts = Counter(item.reason for item in catalogue.rejected).most_common()
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}
@@ -157,6 +167,6 @@ def _check(catalogue: Catalogue, kind: str) -> None:
         more = f"\n  … and {len(counts) - 10} more reasons" if len(counts) > 10 else ""
         notes = "".join(f"\n  {note}" for note in catalogue.notes)
         raise SceneError(
-            f"{catalogue.root} holds nothing usable as {kind}: {catalogue.num_files} files found, {len(catalogue.rejected)} rejected, "
-            f"{len(catalogue.ignored)} of another kind, excluded or not asked for.{lines}{more}{notes}"
+            f"{catalogue.label} holds nothing usable as {catalogue.kind}: {catalogue.num_files} files found, "
+            f"{len(catalogue.rejected)} rejected, {len(catalogue.ignored)} of another kind, excluded or not asked for.{lines}{more}{notes}"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from modalities.label_classes import ClassTable, raster_classes
 from modalities.label_file import DRIVERS, LabelOptions, VectorFile, number_texts, open_vector, open_vector_labels, summary
 from modalities.label_matrix import open_matrix_labels
 from modalities.label_raster import NoOverlapError, blocks, open_raster_labels
+from modalities.patients import of_patients
+from modalities.pseudonyms import Pseudonyms, pseudonyms
 from modalities.raster_file import ENDINGS as RASTERS
 from modalities.scene import LabelMap, Rejected, Scene, SceneError
 from modalities.series import SeriesLabels, SeriesScene
@@ -40,6 +43,7 @@ class Labelling:
         notes: What was done to the labels, a line each.
         classes: Names and colours that the files give to the classes that occur.
         pixels: Pixels of each class over all images, -1 for no label; empty for volumes.
+        names: Of label files of patients, what each pseudonym stands for; goes nowhere but into a crosswalk that is asked for.
     """
 
     pairs: list[tuple[Scene, LabelMap]]
@@ -47,6 +51,34 @@ class Labelling:
     notes: list[str] = field(default_factory=list)
     classes: ClassTable = field(default_factory=ClassTable)
     pixels: Mapping[int, int] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Said:
+    """How messages call files: of patients by pseudonyms, of others by their names.
+
+    Attributes:
+        names: What makes pseudonyms; None for what does not show patients.
+        folder: That labels are in.
+    """
+
+    names: Pseudonyms | None
+    folder: Path = field(repr=False)
+
+    @property
+    def option(self) -> str:
+        """The folder or file of `--labels`."""
+        return "--labels" if self.names else str(self.folder)
+
+    def label(self, file: Path) -> str:
+        """A label file."""
+        inside = file.relative_to(self.folder).as_posix() if file.is_relative_to(self.folder) else ""
+        return self.names.of("label", inside or file.name) if self.names else file.name
+
+    def scene(self, scene: Scene) -> str:
+        """The file of a scene."""
+        return scene.name if self.names else scene.files[0].name
 
 
 @dataclass(frozen=True)
@@ -79,36 +111,40 @@ def match_labels(catalogue: Catalogue, labels: Path, options: LabelOptions | Non
         SceneError: Nothing matches, a matching file cannot be brought to its scene, or a label volume would serve several patients.
     """
     options = options or LabelOptions()
-    found, without, shared = _files_of(catalogue, labels)
+    said = Said(pseudonyms() if of_patients(catalogue.kind) else None, labels.absolute())
+    found, without, shared = _files_of(catalogue, said)
     layers = {file: open_vector(file, options) for file in dict.fromkeys(file for _, file in found) if _is_vector(file)}
     numbers = number_texts(layers.values(), options)
-    _refuse_unused(options, found, vectors=bool(layers))
+    _refuse_unused(options, found[0][1], said, vectors=bool(layers))
     notes = [summary(layer, options, numbers) for layer in layers.values()]
     pairs: list[tuple[Scene, LabelMap]] = []
     for scene, file in found:
         try:
-            own, note = _open(scene, file, options, layers, numbers)
+            with _about(file, said):
+                own, note = _open(scene, file, options, layers, numbers)
         except NoOverlapError as error:
             if not shared:
                 raise
-            without.append(Rejected(scene.files[0].name, f"no label of {file.name} lies there"))
+            without.append(Rejected(said.scene(scene), f"no label of {said.label(file)} lies there"))
             last = error
             continue
         pairs.append((scene, WithoutSome(own, tuple(ignore)) if ignore else own))
-        notes += [f"{file.name} for {scene.name}: {note}"] if note else []
+        notes += [f"{said.label(file)} for {scene.name}: {note}"] if note else []
     if not pairs:
         raise last
     pixels = _counted(pairs)
-    table = _table([file for _, file in found], numbers)
+    table = _table([file for _, file in found], numbers, said)
     if numbers and any(name != str(value) for name, value in numbers):
         notes.insert(len(layers), "class numbers of the texts: " + ", ".join(f"{value} {name}" for name, value in numbers))
-    return Labelling(pairs, without, notes, table.only(pixels), pixels)
+    names = {said.label(file): str(file) for _, file in found} if said.names else {}
+    return Labelling(pairs, without, notes, table.only(pixels), pixels, names)
 
 
-def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Path]], list[Rejected], bool]:
+def _files_of(catalogue: Catalogue, said: Said) -> tuple[list[tuple[Scene, Path]], list[Rejected], bool]:
     """The label file of each scene, the scenes without one, and whether a single file serves all."""
+    labels = said.folder
     if not labels.exists():
-        raise SceneError(f"{labels} does not exist; --labels wants a folder of label files or one file")
+        raise SceneError(f"{said.option} does not exist; --labels wants a folder of label files or one file")
     endings: tuple[str, ...] = (*ENDINGS, ".json") if labels.is_file() else ENDINGS
     if any(scene.label_suffix == PICTURE for scene in catalogue.scenes):
         endings = (PICTURE,)
@@ -119,7 +155,9 @@ def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Pat
         for ending in ("_labels", "_label", "_seg", "_mask"):
             stem = stem.removesuffix(ending)
         if stem in by_stem:
-            raise SceneError(f"two label files are called {stem}: {by_stem[stem]} and {file}; name each scene's once")
+            both = f"{said.label(by_stem[stem])} and {said.label(file)}"
+            shown = f"the same: {both}" if said.names else f"{stem}: {by_stem[stem]} and {file}"
+            raise SceneError(f"two label files are called {shown}; name each scene's once")
         by_stem[stem] = file
     found: list[tuple[Scene, Path]] = []
     without: list[Rejected] = []
@@ -128,15 +166,18 @@ def _files_of(catalogue: Catalogue, labels: Path) -> tuple[list[tuple[Scene, Pat
         own = by_stem.get(scene.files[0].name.split(".")[0]) or by_stem.get(scene.name.split("/")[-1].split(".")[0])
         label = files[0] if own is None and len(files) == 1 else own
         if label is None:
-            without.append(Rejected(scene.files[0].name, "no label file of the same name"))
+            without.append(Rejected(said.scene(scene), "no label file of the same name"))
             continue
         if scene.label_suffix in (".nii.gz", PICTURE) and patients.setdefault(label, scene.group) != scene.group:
-            other = f"{label} would label scans of several patients, one of them {scene.files[0]}"
+            other = f"{said.label(label)} would label scans of several patients, one of them {scene.name}"
             raise SceneError(f"{other}; name each label file like its image")
         found.append((scene, label))
     if not found:
-        names = ", ".join(sorted(by_stem)[:3]) or "no label file at all"
-        raise SceneError(f"no label in {labels} belongs to a scene of {catalogue.root}: found {names}; name each label file like its image")
+        names = f"{len(by_stem)} label files" if said.names else ", ".join(sorted(by_stem)[:3])
+        raise SceneError(
+            f"no label in {said.option} belongs to a scene of {catalogue.label}: found {names if by_stem else 'no label file at all'}; "
+            "name each label file like its image"
+        )
     return found, without, len(files) == 1
 
 
@@ -156,6 +197,20 @@ def _open(
     return open_raster_labels(file, scene.grid, scene.name, reproject=options.reproject)
 
 
+@contextmanager
+def _about(file: Path, said: Said) -> Iterator[None]:
+    """Puts the pseudonym of a label file, if it has one, into an error and in the place of its name."""
+    try:
+        yield
+    except NoOverlapError:
+        raise
+    except SceneError as error:
+        if said.names is None:
+            raise
+        text = str(error).replace(str(file), "it").replace(file.name, "it")
+        raise SceneError(f"{said.label(file)}: {text}", error.code) from None
+
+
 def _is_image(scene: Scene) -> bool:
     return len(scene.grid.space) == 2 and scene.label_suffix != PICTURE
 
@@ -164,11 +219,11 @@ def _is_vector(file: Path) -> bool:
     return file.suffix.lower() in DRIVERS
 
 
-def _refuse_unused(options: LabelOptions, found: Sequence[tuple[Scene, Path]], *, vectors: bool) -> None:
+def _refuse_unused(options: LabelOptions, first: Path, said: Said, *, vectors: bool) -> None:
     """Stops at options that would change nothing."""
     given = [name for name in VECTOR_WORDS if getattr(options, name) != LabelOptions.model_fields[name].get_default()]
     if given and not vectors:
-        raise SceneError(f"label_options.{given[0]} is for vector files, and the labels are {found[0][1].name}; leave it out")
+        raise SceneError(f"label_options.{given[0]} is for vector files, and the labels are {said.label(first)}; leave it out")
 
 
 def _counted(pairs: Sequence[tuple[Scene, LabelMap]]) -> dict[int, int]:
@@ -181,20 +236,22 @@ def _counted(pairs: Sequence[tuple[Scene, LabelMap]]) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _table(files: Sequence[Path], numbers: tuple[tuple[str, int], ...]) -> ClassTable:
+def _table(files: Sequence[Path], numbers: tuple[tuple[str, int], ...], said: Said) -> ClassTable:
     """Names and colours of all files together.
 
     Raises:
         SceneError: Two files call the same class by different names.
     """
     names = {value: name for name, value in reversed(numbers) if name != str(value)}
-    said = dict.fromkeys(names, "the attribute")
+    places = dict.fromkeys(names, "the attribute")
     colours: dict[int, tuple[int, int, int]] = {}
     for file in dict.fromkeys(file for file in files if file.name.lower().endswith(RASTERS)):
         table = raster_classes(file)
         colours = {**table.colours, **colours}
         for value, name in table.names.items():
             if names.setdefault(value, name) != name:
-                raise SceneError(f"class {value} is called {names[value]} in {said[value]} and {name} in {file.name}; make them agree")
-            said.setdefault(value, file.name)
+                raise SceneError(
+                    f"class {value} is called {names[value]} in {places[value]} and {name} in {said.label(file)}; make them agree"
+                )
+            places.setdefault(value, said.label(file))
     return ClassTable(names, colours)

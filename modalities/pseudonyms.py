@@ -34,7 +34,7 @@ class Pseudonyms:
         """`subject-1f…`: 16 hexadecimal digits behind what kind of thing it is; the parts of a name are kept apart."""
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=self.key[:64], person=b"terravox")
         for name in (kind, *names):
-            text = name.encode()
+            text = name.encode("utf-8", "surrogateescape")  # a file's name may be in another encoding
             digest.update(len(text).to_bytes(8, "little") + text)
         return f"{kind}-{digest.hexdigest()}"
 

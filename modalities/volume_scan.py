@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from modalities.beside import split_beside
+from modalities.crosswalk import stands_for
 from modalities.dicom import find_dicom
 from modalities.duplicates import find_duplicates, in_groups
 from modalities.medical import VolumeSettings
 from modalities.modality import intensity_notes, refuse_other
 from modalities.nifti import ENDINGS, find_nifti, find_others, patient_of
-from modalities.pseudonyms import pseudonyms
+from modalities.pseudonyms import Pseudonyms, pseudonyms
 from modalities.scene import Rejected, SceneError
 from modalities.sessions import put_together
-from modalities.volume import Refused, VolumeScene, reasons
+from modalities.volume import Found, Refused, VolumeScene, reasons
 from modalities.volume_checks import Volume, examine
 
 
@@ -79,4 +80,15 @@ def scan_volumes(files: Sequence[Path], folder: Path, settings: VolumeSettings) 
         used |= own
         rejected.append(Rejected(names.of("file", missed.place), missed.reason, missed.unwanted, missed.code, len(own)))
     notes = (*dicom.notes, *together.notes, *unique.notes, *intensity_notes(volumes, settings))
-    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes)
+    known = _names([item.found for item in volumes], scenes, refused, names)
+    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes, names=known)
+
+
+def _names(found: Sequence[Found], scenes: Sequence[VolumeScene], refused: Sequence[Refused], names: Pseudonyms) -> dict[str, str]:
+    """What each pseudonym of an archive stands for: of files that are refused, of scenes, of patients and of their sessions."""
+    known = {names.of("file", item.place): stands_for(item.files, item.place) for item in refused}
+    places = {file: item.place for item in found for file in item.source.files}
+    for scene in scenes:
+        known[scene.name] = " | ".join(stands_for(source.files, places[source.files[0]]) for source in scene.sources)
+    known |= {names.of("subject", item.patient): item.patient for item in found}
+    return known | {names.of("session", item.patient, item.session): f"{item.patient} {item.session}" for item in found if item.session}

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, TextIO, TypeVar
@@ -31,6 +31,7 @@ from pipelines.settings_words import (
     table,
     without_replaced,
 )
+from pipelines.withheld import ADVICE, SOURCES, discreet, is_private, kind_of, trace_of
 
 S = TypeVar("S", bound=Settings)
 
@@ -117,29 +118,40 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
     if "help" in given.flags:
         return _help(verb, settings_type, base, description, given.prefix)
     settings = _validated(given, base, settings_type)
+    private = is_private(kind_of(_merged(base, given.tree, settings_type) if settings is None else to_plain(settings)))
     if settings is None:
+        given.problems = _without_places(given, settings_type) if private else given.problems
         _complain(verb, [*given.problems, *_written_for_another(verb, given)])
         return 2
     if "print-config" in given.flags:
-        _say(settings_to_yaml(settings, given.origin))
+        _say(settings_to_yaml(settings, given.origin, SOURCES if private else ()))
         return 0
     try:
-        if "check" in given.flags:
-            found = check(settings) if check else []
-            _complain(verb, found) if found else _say(f"terravox {verb}: the settings are valid, nothing was done")
-            return 2 if found else 0
-        return main(settings) or 0
+        with discreet(private=private):
+            return _called(verb, settings, main, check, stop="check" in given.flags)
     except expected as error:
         _say(f"terravox {verb}: error: {error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         _say(f"terravox {verb}: interrupted", sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in CAUSES:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in CAUSES:
+            _say(f"terravox {verb}: error: {CAUSES[error.errno] if private else _cause(error)}", sys.stderr)
+        elif private:
+            _say(f"terravox {verb}: an error that was not expected; {ADVICE}\n{trace_of(error)}", sys.stderr)
+        else:
             raise
-        _say(f"terravox {verb}: error: {_cause(error)}", sys.stderr)
         return 1
+
+
+def _called(verb: str, settings: S, main: Callable[[S], int | None], check: Callable[[S], list[str]] | None, *, stop: bool) -> int:
+    """Exit code of what the verb does, or of its look for problems where it is to stop there."""
+    if not stop:
+        return main(settings) or 0
+    found = check(settings) if check else []
+    _complain(verb, found) if found else _say(f"terravox {verb}: the settings are valid, nothing was done")
+    return 2 if found else 0
 
 
 def parse(argv: Sequence[str]) -> Given:
@@ -237,6 +249,17 @@ def _as_typed(tree: Mapping[str, Any], error: ValidationError, given: Given, set
     return texts
 
 
+def _without_places(given: Given, settings_type: type[Settings]) -> list[str]:
+    """The problems without what was given as a place, or under a name that no setting has."""
+    known = {item.key for item in table(settings_type, {})}
+    values = [str(value) for key, value in flatten(given.tree).items() if isinstance(value, str) and (os.sep in value or key not in known)]
+    values += [line.partition(": not an argument")[0] for line in given.problems if ": not an argument" in line]
+    lines = given.problems
+    for value in sorted({*values, *map(shown, values)}, key=len, reverse=True):
+        lines = [line.replace(value, "(withheld)") for line in lines] if value else lines
+    return lines
+
+
 def _written_for_another(verb: str, given: Given) -> list[str]:
     unknown = "\n".join(line for line in given.problems if "unknown setting" in line)
     return [
@@ -246,14 +269,17 @@ def _written_for_another(verb: str, given: Given) -> list[str]:
     ]
 
 
-def settings_to_yaml(settings: Settings, origin: Callable[[str], str] | None = None) -> str:
+def settings_to_yaml(settings: Settings, origin: Callable[[str], str] | None = None, withheld: Collection[str] = ()) -> str:
     """The settings as YAML that `--config` reads again, a line per value; user and password of URIs are left out.
 
     Args:
         settings: What to write.
         origin: Where the value of a dotted key comes from, written behind it as a comment; none if None.
+        withheld: Settings that are left out, with a comment in their place.
     """
-    return "\n".join(_yaml_lines(to_plain(settings), origin, "", 0))
+    plain = to_plain(settings)
+    gone = [f"# {name}: given, and withheld: a place in an archive of patients" for name in withheld if plain.get(name) is not None]
+    return "\n".join([*gone, *_yaml_lines({name: value for name, value in plain.items() if name not in withheld}, origin, "", 0)])
 
 
 def _yaml_lines(plain: Mapping[str, Any], origin: Callable[[str], str] | None, prefix: str, depth: int) -> list[str]:

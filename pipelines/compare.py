@@ -101,7 +101,7 @@ def tell(figures: dict[str, list[dict[str, Any]]]) -> None:
 
 def check(settings: CompareSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    return missing(settings.data, settings.labels)
+    return missing(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from mae_core.loader import LoaderSettings, Stream
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
-from mae_core.settings import Settings, to_plain
+from mae_core.settings import Settings
 from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
@@ -41,6 +41,7 @@ from pipelines.case_report import summary as case_summary
 from pipelines.case_report import tell_cases
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
+from pipelines.crosswalk_option import CrosswalkPath
 from pipelines.kernels import checked_attention
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
@@ -48,12 +49,12 @@ from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told, ui_command
 from pipelines.progress import console, mean_and_deviation, table, training
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
 CASES_TABLE, SCORES = "cases.csv", ("scores.json", "confusion.json", "cases.json")
-MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "prepare.num_workers", "prepare.scheduler")
+MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "crosswalk", "prepare.num_workers", "prepare.scheduler")
 
 
 class FinetuneSettings(Settings):
@@ -84,6 +85,7 @@ class FinetuneSettings(Settings):
     optim: OptimSettings = OptimSettings(base_lr=8e-3, betas=(0.9, 0.999))
     train: TrainSettings = TrainSettings(steps=400, eval_steps=100)
     tracking: TrackingSettings = TrackingSettings()
+    crosswalk: CrosswalkPath = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def work(settings: FinetuneSettings) -> int:
     data = labelled_data(settings, about)
     store = data.store
     settings = settings.model_copy(update={"crop": fitting_crop(settings, about, store)})
-    config = to_plain(settings) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
+    config = recorded(settings, store.kind) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     with processes(settings.train.device) as parallel:
         done = begin(settings.out, "finetune_segmentation", config, MAY_DIFFER) if parallel.is_first else None
         if parallel.any(done is not None):
@@ -184,7 +186,10 @@ def _compare(job: Job) -> dict[str, Any]:
             known = recall(out, RUN).get("run_id")
             tracker = stack.enter_context(
                 Tracker(settings.tracking, out).run(
-                    out.name, known, public(settings) | {"store_digest": job.store.digest}, {"source": "pipelines/finetune_segmentation.py"}
+                    out.name,
+                    known,
+                    public(settings, job.store.kind) | {"store_digest": job.store.digest},
+                    {"source": "pipelines/finetune_segmentation.py"},
                 )
             )
             write_json(out / RUN, {"run_id": tracker.run_id})
@@ -388,7 +393,7 @@ def tell_confusion(figures: dict[str, Any]) -> None:
 
 def check(settings: FinetuneSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    return missing(settings.data, settings.labels) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
+    return missing(settings) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,11 +10,13 @@ from pydantic import Field
 from mae_core.store import TileStore
 from modalities.catalogue import ReaderSettings, scan
 from modalities.scene import SceneError
+from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes
 from pipelines.pretrain import EXPECTED, PretrainRecipe, pretrain
 from pipelines.progress import console
+from pipelines.withheld import missing_paths
 
 EXPECTED_ERRORS = (*EXPECTED, SceneError, PreparationError)
 
@@ -32,7 +34,11 @@ def pretrain_archive(recipe: ArchiveRecipe, reader: ReaderSettings, settings: Pr
 
     The store's default folder is named by the plan of its content, so the same data are prepared once, for any number of runs.
     """
+    crosswalk: Path | None = getattr(recipe, "crosswalk", None)
+    stores = [] if recipe.store is None else [recipe.store]
+    refuse_crosswalk(crosswalk, reader.kind, recipe.out, recipe.tracking, stores)
     catalogue = scan(recipe.data, reader)
+    tell_crosswalk(crosswalk, catalogue, recipe.out, recipe.tracking, stores)
     plan = make_plan(catalogue.scenes, settings.tile, settings, {}, store_attributes(reader, len(settings.tile)))
     path = recipe.store or recipe.out.resolve().parent / "stores" / f"{reader.kind}-{plan.digest[:12]}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -50,7 +56,8 @@ def pretrain_archive(recipe: ArchiveRecipe, reader: ReaderSettings, settings: Pr
 
 def check_archive(recipe: ArchiveRecipe) -> list[str]:
     """Problems that only the disk can tell."""
-    problems = [] if recipe.data.exists() else [f"data = {recipe.data}: does not exist"]
+    reader = getattr(recipe, "reader", None)
+    problems = missing_paths(getattr(reader, "kind", None), {"data": recipe.data})
     if recipe.out.is_file():
         problems.append(f"out = {recipe.out}: is a file")
     return problems

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from mae_core.augment import Normaliser
 from mae_core.bands import BandSettings
@@ -18,16 +18,19 @@ from mae_core.parallel import Parallel
 from mae_core.segmentation import Segmentation
 from mae_core.settings import to_plain
 from mae_core.store import TileStore
+from mae_core.tracking import TrackingSettings
 from modalities.catalogue import scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
+from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes, usual_tile
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, reader_of
+from pipelines.withheld import kind_of, missing_paths
 
 Colour = Annotated[str, Field(pattern="^#?[0-9A-Fa-f]{6}$")]
 MOST_NOTES = 20
@@ -80,10 +83,14 @@ class Labelled(Protocol):
     def crop(self) -> tuple[int, ...]:
         """Voxels per axis; may be empty."""
 
+    @property
+    def tracking(self) -> TrackingSettings:
+        """Where the run is recorded."""
 
-def missing(data: Path, labels: Path) -> list[str]:
+
+def missing(settings: BaseModel) -> list[str]:
     """Problems with the places of images and labels, one line each."""
-    return [f"{name} = {path}: does not exist" for name, path in (("data", data), ("labels", labels)) if not path.exists()]
+    return missing_paths(kind_of(to_plain(settings)), {name: getattr(settings, name) for name in ("data", "labels")})
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,11 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
 def labelled_data(settings: Labelled, about: Description) -> LabelledData:
     """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already."""
     reader = reader_of(about, settings.reader)
+    crosswalk: Path | None = getattr(settings, "crosswalk", None)
+    refuse_crosswalk(crosswalk, reader.kind, settings.out, settings.tracking)
     catalogue = scan(settings.data, reader)
     labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore)
+    tell_crosswalk(crosswalk, replace(catalogue, names={**catalogue.names, **labelling.names}), settings.out, settings.tracking)
     tell_labels(labelling, settings.class_names)
     catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in labelling.pairs))
     labels = {scene.name: found for scene, found in labelling.pairs}

@@ -19,17 +19,20 @@ from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
 from mae_core.parallel import DeviceError, processes
-from mae_core.settings import Settings, to_plain
+from mae_core.settings import Settings
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.cog import UNFINISHED, little_cache
+from modalities.patients import of_patients
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.bands import PredictBandSettings, scene_matching, tell_bands
 from pipelines.command_line import run
+from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
 from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
 from pipelines.prepare import VOLUMES, tell_catalogue
 from pipelines.progress import console, counting
-from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of
+from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of, recorded
+from pipelines.withheld import missing_paths
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as COG or NIfTI in the source's own geometry"
 EXPECTED = (ModelError, SceneError, TrackingError, RunError, DeviceError)
@@ -55,19 +58,25 @@ class PredictSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs")
     reader: dict[str, Any] = Field({}, description="Changes to the adapter's settings that the model was trained with")
     tracking: TrackingSettings = TrackingSettings(system_metrics=False)
+    crosswalk: CrosswalkPath = None
 
 
 def work(settings: PredictSettings) -> int:
     """Do it; 1 if a scene failed."""
     folder, registered = model_folder(settings.model, settings.tracking, settings.out)
     model, about = load_segmenter(folder)
-    catalogue = scan(settings.data, reader_of(about, settings.reader))
+    reader = reader_of(about, settings.reader)
+    refuse_crosswalk(settings.crosswalk, reader.kind, settings.out, settings.tracking)
+    catalogue = scan(settings.data, reader)
     tell_catalogue(catalogue)
+    tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     places = targets(catalogue, settings)
     make_folders(places, settings.out)
     with (
         processes(settings.device) as parallel,
-        Tracker(settings.tracking, settings.out).run("predict", None, public(settings), {"source": "pipelines/predict.py"}) as tracker,
+        Tracker(settings.tracking, settings.out).run(
+            "predict", None, public(settings, reader.kind), {"source": "pipelines/predict.py"}
+        ) as tracker,
         little_cache(),
     ):
         labeller = Labeller(
@@ -98,7 +107,13 @@ def work(settings: PredictSettings) -> int:
         "mlflow": {"run_id": tracker.run_id, "model": registered.uri if registered else None},
     }
     out = settings.out
-    finish(out if out.is_dir() else out.parent, "predict", to_plain(settings), facts, RESULT if out.is_dir() else f"{out.name}.{RESULT}")
+    finish(
+        out if out.is_dir() else out.parent,
+        "predict",
+        recorded(settings, reader.kind),
+        facts,
+        RESULT if out.is_dir() else f"{out.name}.{RESULT}",
+    )
     tell(done, failed, figures, out)
     return 1 if failed else 0
 
@@ -194,15 +209,16 @@ def targets(catalogue: Catalogue, settings: PredictSettings) -> list[tuple[Scene
         pairs = [(scenes[0], settings.out)]
     else:
         if settings.out.is_file():
-            raise RunError(f"--out {settings.out} is a file and {settings.data} holds {len(scenes)} images; give a folder")
-        short = [_label_name(scene, settings.data) for scene in scenes]
+            raise RunError(f"--out {settings.out} is a file and {catalogue.label} holds {len(scenes)} images; give a folder")
+        short = [_full_name(scene) if of_patients(catalogue.kind) else _label_name(scene, settings.data) for scene in scenes]
         twice = {name for name, count in Counter(short).items() if count > 1}
         full = [_full_name(scene) if name in twice else name for scene, name in zip(scenes, short, strict=True)]
         pairs = [(scene, settings.out / name) for scene, name in zip(scenes, full, strict=True)]
     sources = {file.resolve() for scene in scenes for file in scene.files}
     for scene, place in pairs:
         if place.resolve() in sources or beside(place).resolve() in sources:
-            raise RunError(f"the labels of {scene.files[0]} would overwrite an image; choose another --out")
+            image = scene.name if of_patients(catalogue.kind) else scene.files[0]
+            raise RunError(f"the labels of {image} would overwrite an image; choose another --out")
     return pairs
 
 
@@ -242,14 +258,16 @@ def shares(counts: dict[str, int]) -> dict[str, float]:
 def check(settings: PredictSettings) -> list[str]:
     """Problems that only disk and registry can tell."""
     problems = model_problems(settings.model, settings.tracking, settings.out, load_segmenter)
-    if not settings.data.exists():
-        return [f"data = {settings.data}: does not exist", *problems]
     if problems:
-        return problems
+        return [*problems, *missing_paths(None, {"data": settings.data})]
     about = load_description(model_folder(settings.model, settings.tracking, settings.out)[0], "segmenter")
     try:
         no_label(about)
-        places = targets(scan(settings.data, reader_of(about, settings.reader)), settings)
+        reader = reader_of(about, settings.reader)
+        if absent := missing_paths(reader.kind, {"data": settings.data}):
+            return absent
+        refuse_crosswalk(settings.crosswalk, reader.kind, settings.out, settings.tracking)
+        places = targets(scan(settings.data, reader), settings)
         for scene, _ in places:
             scene_matching(about, scene, settings.bands.for_model(about))
     except EXPECTED as error:

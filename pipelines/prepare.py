@@ -16,16 +16,20 @@ from mae_core.store import TileStore
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
 from modalities.account import account
 from modalities.catalogue import Catalogue, ReaderSettings, scan
+from modalities.patients import of_patients
+from modalities.pseudonyms import pseudonyms
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
 from pipelines.command_line import run
+from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
 from pipelines.preparation_extension import listed
 from pipelines.preparation_forecast import Forecast
 from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
-from pipelines.run_folder import finish, public
+from pipelines.run_folder import finish, public, recorded, without_patterns
 from pipelines.store_facts import tell_values, value_columns
+from pipelines.withheld import missing_paths
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
 IMAGES = ("satellite", "sentinel2", "sentinel1", "landsat", "raster")
@@ -33,6 +37,8 @@ VOLUMES = ("mri", "ct")
 TILES = {**dict.fromkeys(IMAGES, (128, 128)), **dict.fromkeys(VOLUMES, (64, 64, 64)), "xray": (256, 256)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 SERIES_AXES = ("time", "y", "x")
+PSEUDONYM_KEY = "pseudonym_key"
+"""What a store of patients calls the fingerprint of the key that its pseudonyms are made with."""
 
 
 class PrepareVerb(Settings):
@@ -47,6 +53,7 @@ class PrepareVerb(Settings):
     prepare: PrepareSettings
     scheduler: str | None = Field(None, description="Address of a running dask scheduler; short for prepare.scheduler")
     tracking: TrackingSettings = TrackingSettings(system_metrics=False)
+    crosswalk: CrosswalkPath = None
 
     @model_validator(mode="before")
     @classmethod
@@ -85,7 +92,8 @@ def store_attributes(reader: ReaderSettings, axes: int) -> dict[str, Any]:
     return {
         "kind": reader.kind,
         "axes": list(SERIES_AXES if reader.kind == "series" else AXES[axes]),
-        "reader": to_plain(reader),
+        "reader": without_patterns(to_plain(reader)) if of_patients(reader.kind) else to_plain(reader),
+        **({PSEUDONYM_KEY: pseudonyms().fingerprint} if of_patients(reader.kind) else {}),
         "no_value": NO_VALUE,
         "quality_bits": {flag.name: int(flag) for flag in Quality if flag},
     }
@@ -174,11 +182,13 @@ def work(settings: PrepareVerb) -> int:
     """Do it."""
     from mae_core.store_sheet import sheet_to
 
+    refuse_crosswalk(settings.crosswalk, settings.modality, settings.out, settings.tracking)
     catalogue = scan(settings.data, settings.reader)
+    tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
     with Tracker(settings.tracking, settings.out).run(
-        f"prepare-{settings.out.name}", None, public(settings), {"source": "pipelines/prepare.py"}
+        f"prepare-{settings.out.name}", None, public(settings, settings.modality), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)
         store = TileStore.open(settings.out, verify="sizes")
@@ -192,14 +202,14 @@ def work(settings: PrepareVerb) -> int:
         "digests": {"store": report.digest},
         "mlflow": {"uri": redacted(tracker.uri), "run_id": tracker.run_id},
     }
-    finish(settings.out, "prepare", to_plain(settings), facts)
+    finish(settings.out, "prepare", recorded(settings, settings.modality), facts)
     console.print(f"[bold]store ready[/]: {settings.out}")
     return 0
 
 
 def check(settings: PrepareVerb) -> list[str]:
     """Problems that only the disk can tell."""
-    return [*([] if settings.data.exists() else [f"data = {settings.data}: does not exist"]), *missing(settings.prepare)]
+    return [*missing_paths(settings.modality, {"data": settings.data}), *missing(settings.prepare)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from modalities.medical import MriSettings
 from pipelines.command_line import run
+from pipelines.crosswalk_option import CrosswalkPath
 from pipelines.from_archive import EXPECTED_ERRORS, ArchiveRecipe, check_archive, pretrain_archive
 from pipelines.preparation import PrepareSettings
 
@@ -19,6 +20,7 @@ class PretrainMriSettings(ArchiveRecipe):
 
     reader: MriSettings = MriSettings()
     prepare: PrepareSettings
+    crosswalk: CrosswalkPath = None
 
 
 def work(settings: PretrainMriSettings) -> int:

@@ -19,7 +19,7 @@ from mae_core.export import WEIGHTS, Description, load_encoder
 from mae_core.parallel import Parallel, processes
 from mae_core.probes import PIXELS, LinearSettings, Samples, classification_measures, collect, knn, linear_probe
 from mae_core.segmentation import Segmentation, confusion
-from mae_core.settings import Settings, to_plain
+from mae_core.settings import Settings
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
 from modalities.label_file import LabelOptions
@@ -30,7 +30,7 @@ from pipelines.labelled import Colour, labelled_store, labelled_task, missing
 from pipelines.preparation import PrepareSettings
 from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, write_json
+from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
 
 DESCRIPTION = "what a linear map and nearest neighbours read out of frozen features, beside random weights and the pixels themselves"
 MAY_DIFFER = (
@@ -84,7 +84,7 @@ def work(settings: ProbeSettings) -> int:
     encoder, about = load_encoder(folder)
     store = labelled_store(settings, about)
     digests = {"store": store.digest, "encoder": sha256(folder / WEIGHTS)}
-    config = to_plain(settings) | {"store_digest": digests["store"], "encoder_weights": digests["encoder"]}
+    config = recorded(settings, store.kind) | {"store_digest": digests["store"], "encoder_weights": digests["encoder"]}
     with processes(settings.device) as parallel:
         if parallel.world > 1:
             raise RunError("probe runs in one process; start it without torchrun")
@@ -170,7 +170,7 @@ def counted(classes: Tensor, names: Sequence[str]) -> dict[str, int]:
 def track(settings: ProbeSettings, task: Segmentation, figures: dict[str, Any], version: Registered | None) -> dict[str, Any]:
     """Tell the tracker; where it was told."""
     out, store = settings.out, task.store
-    config = public(settings) | {"store_digest": store.digest}
+    config = public(settings, store.kind) | {"store_digest": store.digest}
     with Tracker(settings.tracking, out).run(out.name, recall(out, RUN).get("run_id"), config, {"source": "pipelines/probe.py"}) as tracker:
         write_json(out / RUN, {"run_id": tracker.run_id})
         tracker.dataset(store.kind, store.digest, "probing", {"tiles": str(len(store)), "classes": ",".join(task.names)})
@@ -213,7 +213,7 @@ def spoken(values: Sequence[float]) -> str:
 
 def check(settings: ProbeSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    return missing(settings.data, settings.labels) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
+    return missing(settings) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

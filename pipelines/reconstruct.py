@@ -37,7 +37,8 @@ from pipelines.label_scene import source_of
 from pipelines.prepare import tell_catalogue
 from pipelines.pretrain import PretrainRecipe
 from pipelines.progress import console, counting, table
-from pipelines.run_folder import CONFIG, RunError, finish, reader_of, recall
+from pipelines.run_folder import CONFIG, RunError, finish, reader_of, recall, recorded
+from pipelines.withheld import kind_of, missing_paths
 
 DESCRIPTION = (
     "a pretraining run and images become rasters of what is there, what was shown and what was predicted, in the images' own units"
@@ -139,7 +140,7 @@ def work(settings: ReconstructSettings) -> int:
             "data": fingerprint(file for scene, _ in places for file in scene.files),
         },
     }
-    finish(settings.out, "reconstruct", to_plain(settings), facts)
+    finish(settings.out, "reconstruct", recorded(settings, catalogue.kind), facts)
     tell(errors, len(places) - len(failed), settings.out)
     return 1 if failed else 0
 
@@ -194,7 +195,8 @@ def targets(catalogue: Catalogue, settings: ReconstructSettings) -> list[tuple[S
         raise RunError(f"--out {settings.out} is a file; give the name of a folder")
     other = [scene.name for scene in catalogue.scenes if not isinstance(scene, OnMap) or len(scene.grid.space) != 2]
     if other:
-        raise RunError(f"{other[0]} is no image of two axes; look at the pictures in the run's folder `panels` for volumes and series")
+        hint = "look at the pictures in the run's folder `panels`, which a run over patients has with tracking.log_images=true only"
+        raise RunError(f"{other[0]} is no image of two axes; {hint}")
     names = [Path(*(part for part in Path(scene.name).parts if part not in ("/", ".."))) for scene in catalogue.scenes]
     places = [settings.out / name for name in names]
     sources = {file.resolve() for scene in catalogue.scenes for file in scene.files}
@@ -271,7 +273,7 @@ def _layout(scene: Scene, part: str, reconstructor: Reconstructor, settings: Rec
 
 def check(settings: ReconstructSettings) -> list[str]:
     """Problems that only the disk can tell."""
-    problems = [] if settings.data.exists() else [f"data = {settings.data}: does not exist"]
+    problems = missing_paths(kind_of(to_plain(settings)), {"data": settings.data})
     try:
         recipe, about = opened_run(settings.run)
         restore_weights(MaskedAutoencoder(recipe.model, about.channels), settings.run / "checkpoints", console.print)

@@ -15,9 +15,11 @@ from mae_core.export import Description, ModelError
 from mae_core.settings import differences, to_plain
 from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model
 from modalities.catalogue import ReaderSettings
+from modalities.patients import of_patients
+from pipelines.withheld import SOURCES
 
 CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
-PATHS = ("data", "labels", "out", "store", "encoder", "model")
+PATHS = ("data", "labels", "out", "store", "encoder", "model", "crosswalk")
 LIBRARIES = ("terravox", "torch", "numpy", "zarr", "rasterio", "nibabel", "monai", "mlflow")
 
 
@@ -124,9 +126,30 @@ def model_problems(name: str, tracking: TrackingSettings, out: Path, load: Calla
     return []
 
 
-def public(settings: BaseModel) -> dict[str, Any]:
-    """Settings without the user's paths, as they may be told to a tracker: a folder can be named after a patient."""
-    return {name: value for name, value in to_plain(settings).items() if name not in PATHS}
+def recorded(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
+    """Settings as they are kept with a run: of patients without places in the archive, and without patterns of files' names.
+
+    Args:
+        settings: Of a verb.
+        kind: Of the files that it reads; None where it is not known, which counts as patients.
+    """
+    plain = to_plain(settings)
+    if kind is not None and not of_patients(kind):
+        return {name: value for name, value in plain.items() if name != "crosswalk"}
+    kept = {name: value for name, value in plain.items() if name not in SOURCES}
+    if isinstance(kept.get("reader"), Mapping):
+        kept["reader"] = without_patterns(kept["reader"])
+    return kept
+
+
+def public(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
+    """What of `recorded` may be told to a tracker: no path of the user's, since a folder can be named after a patient."""
+    return {name: value for name, value in recorded(settings, kind).items() if name not in PATHS}
+
+
+def without_patterns(reader: Mapping[str, Any]) -> dict[str, Any]:
+    """A reader's settings as JSON, without patterns of files to leave out: such a pattern can name a patient."""
+    return {name: value for name, value in reader.items() if name != "exclude"}
 
 
 def recall(folder: Path, name: str = RESULT) -> dict[str, Any]:

@@ -256,7 +256,10 @@ def test_the_printed_config_tells_origins_and_gives_the_same_settings_again(verb
     assert 'name: "1e3"  # command line\n' in verb.out
     assert "  kind: mri  # command line\n" in verb.out
     printed = verb.file(verb.out, "printed.yaml")
-    assert verb.got("--config", printed) == verb.got(*argv)
+    assert "/a/b c" not in verb.out, "where patients' files lie"
+    assert verb.got("--config", printed, "--data=/a/b c") == verb.got(*argv)
+    assert verb("reader.kind=sentinel2", "--data=/a/b c", "--print-config") == 0
+    assert 'data: "/a/b c"  # command line\n' in verb.out
 
 
 @settings(deadline=None, max_examples=50)

@@ -13,6 +13,7 @@ import rasterio
 from mlflow import MlflowClient
 from rasterio.crs import CRS
 
+from modalities.pseudonyms import pseudonyms
 from pipelines import finetune_segmentation, predict, prepare, pretrain, pretrain_mri
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_volumes import save_volume
@@ -151,7 +152,8 @@ def test_volumes_go_the_whole_way_and_labels_come_back_in_their_geometry(tmp_pat
     words = ["--model", str(tmp_path / "segmenter"), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "found"), "overlap=0.1"]
     assert predict.main([*words, f"tracking.uri={uri}"]) == 0
     for number in range(5):
-        source, found = (nib.load(tmp_path / name) for name in (f"images/p{number}.nii.gz", f"found/p{number}_labels.nii.gz"))
+        scan = pseudonyms().of("scan", f"p{number}.nii.gz")
+        source, found = (nib.load(tmp_path / name) for name in (f"images/p{number}.nii.gz", f"found/{scan}_labels.nii.gz"))
         assert found.shape == source.shape
         np.testing.assert_array_equal(found.affine, source.affine)
         for code in ("sform_code", "qform_code"):
