@@ -165,6 +165,12 @@ def around(present: Bool[np.ndarray, "*space"]) -> tuple[slice, ...]:
     return tuple(slice(int(line.argmax()), len(line) - int(line[::-1].argmax())) for line in lines)
 
 
+def largest(present: Bool[np.ndarray, "*space"]) -> Bool[np.ndarray, "*space"]:
+    """The largest connected component, corners touching; the first of several."""
+    numbered, count = ndimage.label(present, structure=np.ones((3,) * present.ndim))
+    return np.asarray(numbered == np.bincount(numbered.ravel())[1:].argmax() + 1) if count else present
+
+
 def distances(
     predicted: Bool[np.ndarray, "*space"], reference: Bool[np.ndarray, "*space"], spacing_mm: Sequence[float], tolerance_mm: float
 ) -> tuple[float, float]:

@@ -111,21 +111,26 @@ def _states(found: Mapping[tuple[str, int], Sequence[Row]], arm: str, name: str)
 def tell_cases(figures: Mapping[str, Any]) -> None:
     """Print means with intervals for every class and arm, what they mean, and what the difference says."""
     settings = figures["settings"]
-    tolerance, confidence = settings["nsd_tolerance_mm"], settings["confidence"]
-    head = ["class", "arm", "Dice", "HD95 mm", f"NSD {tolerance:g} mm", "|volume error|", "lesion F1", *STATES]
-    first = next(iter(figures["arms"].values()))
-    rows = []
-    for name in first:
-        for arm, own in figures["arms"].items():
-            entry = own[name]
-            cells = [_cell(entry["dice"]), _cell(entry["hd95_mm"], 2), _cell(entry["nsd"])]
-            cells += [_cell(entry["volume_error_absolute"], percent=True), _cell(entry["lesion_f1"])]
-            rows.append([name, arm, *cells, *(str(entry[state]) for state in STATES)])
-    table(f"{figures['cases']} held-out cases of {figures['patients']} patients, each judged whole on the lattice of its file", head, rows)
+    confidence = settings["confidence"]
+    shown: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "Dice": lambda entry: _cell(entry["dice"]),
+        "HD95 mm": lambda entry: _cell(entry["hd95_mm"], 2),
+        f"NSD {settings['nsd_tolerance_mm']:g} mm": lambda entry: _cell(entry["nsd"]),
+        "volume off by": lambda entry: _cell(entry["volume_error_absolute"], percent=True),
+        "lesion F1": lambda entry: _cell(entry["lesion_f1"]),
+        "/".join(STATES): lambda entry: "/".join(str(entry[state]) for state in STATES),
+    }
+    arms = figures["arms"]
+    rows = [
+        [("mean" if name == MEAN else name) if number == 0 else "", title, *(cell(arms[arm][name]) for arm in arms)]
+        for name in next(iter(arms.values()))
+        for number, (title, cell) in enumerate(shown.items())
+    ]
+    table(f"{figures['cases']} held-out cases of {figures['patients']} patients, each judged whole", ["class", "", *arms], rows)
     console.print(
         f"In brackets: {confidence:.0%} bootstrap interval of the mean over cases, {settings['num_resamples']} resamples of patients. "
-        f"missed: in the reference and not predicted; invented: the other way round; both are Dice 0, NSD 0 and HD95 of the image's "
-        f"diagonal. absent: in neither; in no mean.",
+        "Each case is judged on the lattice of its file. missed: in the reference and not predicted; invented: the other way round; "
+        "both are Dice 0, NSD 0 and HD95 of the image's diagonal. absent: in neither, and in no mean.",
         markup=False,
     )
     for line in differences(figures):
@@ -136,14 +141,19 @@ def differences(figures: Mapping[str, Any]) -> list[str]:
     """What pretrained less scratch says, a line for each measure; none without both arms."""
     if "difference" not in figures:
         return []
-    entries = figures["difference"]
+    entries, confidence = figures["difference"], figures["settings"]["confidence"]
     name = MEAN if MEAN in entries else next(iter(entries))
     told = {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD", "lesion_f1": "lesion F1"}
-    return [f"pretrained − scratch, {told[measure]}, {name}: {verdict(entries[name][measure], measure)}" for measure in PAIRED]
+    return [f"pretrained − scratch, {told[measure]}, {name}: {verdict(entries[name][measure], measure, confidence)}" for measure in PAIRED]
 
 
-def verdict(entry: Mapping[str, Any], measure: str) -> str:
-    """A paired difference in words; which arm is better is said only where the interval does not contain 0."""
+def fewest_patients(confidence: float) -> int:
+    """Patients from which on a difference can be shown at all: with fewer, all lie on one side by chance more often than 1 − confidence."""
+    return math.ceil(math.log2(2 / (1 - confidence)) - 1e-9)
+
+
+def verdict(entry: Mapping[str, Any], measure: str, confidence: float) -> str:
+    """A paired difference in words; which arm is better is said only where the interval of enough patients does not contain 0."""
     mean, low, high = (math.nan if entry[key] is None else float(entry[key]) for key in ("mean", "low", "high"))
     found = Interval(mean, low, high, int(entry["cases"]), int(entry["patients"]))
     if not found.cases:
@@ -152,10 +162,12 @@ def verdict(entry: Mapping[str, Any], measure: str) -> str:
     numbers = f"{found.mean:+.{digits}f}"
     pairs = f"{found.cases} cases of {found.patients} patients"
     if not found.is_known:
-        return f"{numbers}, {pairs}: no interval can be given for one patient, so nothing is shown"
+        return f"{numbers}, {pairs}: no interval can be given for one patient, so no difference is shown"
     numbers += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     if found.contains_zero:
         return f"{numbers}, {pairs}: the interval contains 0, so no difference is shown"
+    if found.patients < fewest_patients(confidence):
+        return f"{numbers}, {pairs}: fewer than {fewest_patients(confidence)} patients, so no difference is shown"
     winner = "pretrained" if (found.mean < 0) == (measure in SMALLER_IS_BETTER) else "scratch"
     return f"{numbers}, {pairs}: {winner} is better"
 

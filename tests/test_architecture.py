@@ -24,7 +24,8 @@ ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors augment attention native vit sparse_conv encoders",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel checkpoint export weights band_transfer published monai_export bootstrap case_metrics",
-    "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet finetune",
+    "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "
+    "case_sheet finetune",
 }
 HOMES = {
     "rasterio": [
@@ -66,7 +67,7 @@ HOMES = {
     "distributed": ["pipelines/preparation_workers.py", "pipelines/slurm_jobs.py"],
     "dask_jobqueue": ["pipelines/slurm_jobs.py"],
     "mlflow": ["mae_core/tracking.py", "mae_core/served_model.py"],
-    "matplotlib": ["mae_core/figures.py", "mae_core/store_sheet.py"],
+    "matplotlib": ["mae_core/figures.py", "mae_core/case_sheet.py", "mae_core/store_sheet.py"],
     "zarr": ["mae_core/store_writer.py", "pipelines/benchmark_ceiling.py", "pipelines/benchmark_readers.py"],
     "numcodecs": ["mae_core/chunks.py", "pipelines/benchmark_ceiling.py"],
     "fsspec": ["mae_core/store_files.py"],

@@ -22,7 +22,7 @@ from mae_core.vit import Encoder, EncoderSettings
 from modalities.catalogue import scan
 from modalities.labels import WithoutSome, match_labels
 from modalities.medical import MriSettings
-from pipelines.case_report import MEAN, by_case, summary, tell_cases, verdict
+from pipelines.case_report import MEAN, by_case, fewest_patients, summary, tell_cases, verdict
 from pipelines.case_scores import COLUMNS, Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.label_scene import source_of
 from tests.synthetic_volumes import OBLIQUE, save_volume
@@ -164,18 +164,23 @@ def both_arms(gain: list[float]) -> dict[str, Any]:
 
 
 def test_better_is_said_only_where_the_interval_leaves_out_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_cases(both_arms([0.1, 0.2, 0.1, 0.2, 0.15]))
+    tell_cases(both_arms([0.1, 0.2, 0.1, 0.2, 0.15, 0.15]))
     told = capsys.readouterr().out
     assert "pretrained − scratch, Dice, lesion: +0.150 [" in told
-    assert told.count("5 cases of 5 patients: pretrained is better") == 2, "a larger Dice and a smaller HD95"
+    assert told.count("6 cases of 6 patients: pretrained is better") == 2, "a larger Dice and a smaller HD95"
     tell_cases(both_arms([0.2, -0.2, 0.1, -0.1, 0.05]))
     told = capsys.readouterr().out
     assert "better" not in told
     assert "the interval contains 0, so no difference is shown" in told
     assert "0.400" in told
     assert "NSD 1 mm" in told
-    tell_cases(both_arms([-0.1, -0.2, -0.1]))
-    assert "3 cases of 3 patients: scratch is better" in capsys.readouterr().out
+    tell_cases(both_arms([-0.1, -0.2, -0.1, -0.1, -0.1, -0.1]))
+    assert "6 cases of 6 patients: scratch is better" in capsys.readouterr().out
+    tell_cases(both_arms([-0.1, -0.2, -0.1, -0.1, -0.1]))
+    told = capsys.readouterr().out
+    assert "better" not in told, "of five, all lie on one side by chance in 1 of 16 trials"
+    assert "5 cases of 5 patients: fewer than 6 patients, so no difference is shown" in told
+    assert fewest_patients(0.9) == 5
 
 
 def test_one_patient_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,14 +192,15 @@ def test_one_patient_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_differences_are_paired_by_case() -> None:
     """Both arms vary a lot from case to case and differ by the same everywhere: the interval of the difference has no width."""
-    scratch = [row(number, value) for number, value in enumerate((0.1, 0.5, 0.9))]
-    pretrained = [row(number, value + 0.05) for number, value in enumerate((0.1, 0.5, 0.9))]
+    base = (0.1, 0.5, 0.9, 0.2, 0.4, 0.6)
+    scratch = [row(number, value) for number, value in enumerate(base)]
+    pretrained = [row(number, value + 0.05) for number, value in enumerate(base)]
     figures = summary({("pretrained", 0): pretrained, ("scratch", 0): scratch}, FEW)
     found = figures["difference"]["lesion"]["dice"]
     assert (found["low"], found["high"]) == pytest.approx((0.05, 0.05))
     own = figures["arms"]["scratch"]["lesion"]["dice"]
     assert own["high"] - own["low"] > 0.3
-    assert "pretrained is better" in verdict(found, "dice")
+    assert "pretrained is better" in verdict(found, "dice", 0.95)
 
 
 def test_missed_invented_and_absent_cases_are_counted() -> None:
