@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyogrio
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from pyogrio.errors import DataLayerError, DataSourceError, FieldError, GeometryError
 from rasterio.crs import CRS
 from rasterio.errors import CRSError
@@ -38,6 +38,10 @@ WHOLE = re.compile(r"[+-]?\d{1,9}")
 class LabelOptions(AdapterSettings):
     """How label files are read."""
 
+    files: str = Field("", description="Pattern of the names of label volumes, such as *lesion*.nii.gz (default: all that are no scans)")
+    rename: tuple[str, str] | None = Field(
+        None, description="Regular expression and replacement that make the name of a label volume from its image's, up to the first dot"
+    )
     reproject: bool = Field(True, description="Rasters on another grid: take the nearest pixel and say so, or refuse them")
     layer: str = Field("", description="Layer of a vector file, or variable of a MATLAB file, where there are several")
     attribute: str = Field("", description="Attribute that holds the class of a feature, as a number or a text; empty: the only one")
@@ -48,6 +52,16 @@ class LabelOptions(AdapterSettings):
     radius_m: float = Field(0.0, ge=0, le=1e6, description="Metres around a point that have its class; 0: the pixel that it lies in")
     background: int | None = Field(None, ge=0, le=32767, description="Class number where no feature lies (default: no label there)")
     crs: str = Field("", description="CRS of vector files that say none or a wrong one, such as EPSG:4326")
+
+    @field_validator("rename")
+    @classmethod
+    def _pattern(cls, value: tuple[str, str] | None) -> tuple[str, str] | None:
+        if value is not None:
+            try:
+                re.sub(*value, "")
+            except re.error as error:
+                raise ValueError(f"not a regular expression and its replacement: {error}") from error
+        return value
 
 
 @dataclass(frozen=True)

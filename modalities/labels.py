@@ -17,11 +17,14 @@ from modalities.label_classes import ClassTable, raster_classes
 from modalities.label_file import DRIVERS, LabelOptions, VectorFile, number_texts, open_vector, open_vector_labels, summary
 from modalities.label_matrix import open_matrix_labels
 from modalities.label_raster import NoOverlapError, blocks, open_raster_labels
+from modalities.medical import GROUP_PATTERN
 from modalities.patients import of_patients
 from modalities.pseudonyms import Pseudonyms, pseudonyms
 from modalities.raster_file import ENDINGS as RASTERS
 from modalities.scene import LabelMap, Rejected, Scene, SceneError
 from modalities.series import SeriesLabels, SeriesScene
+from modalities.volume import VolumeScene
+from modalities.volume_labels import LabelFolder, label_volumes
 
 MATRIX = ".mat"
 PICTURE = ".png"
@@ -29,6 +32,7 @@ PICTURE = ".png"
 ENDINGS = (*RASTERS, MATRIX, ".nii", ".nii.gz", ".gpkg", ".geojson", ".shp")
 """Of label files in a folder. A `.json` is one only where it is given by itself: many others have that ending."""
 
+VOLUME_WORDS = ("files", "rename")
 VECTOR_WORDS = ("attribute", "value", "numbers", "order", "all_touched", "radius_m", "background", "crs")
 COUNTED_SIDE = 2048
 
@@ -94,29 +98,39 @@ class WithoutSome:
         return np.where(np.isin(found, self.ignore), -1, found)
 
 
-def match_labels(catalogue: Catalogue, labels: Path, options: LabelOptions | None = None, ignore: Sequence[int] = ()) -> Labelling:
+def match_labels(
+    catalogue: Catalogue,
+    labels: Path,
+    options: LabelOptions | None = None,
+    ignore: Sequence[int] = (),
+    group_pattern: str = GROUP_PATTERN,
+) -> Labelling:
     """Scenes with the label map that belongs to each, and scenes left without one.
 
     A label file belongs to a scene when both have the same name up to the first dot (a label's name may go on with
     `_label`, `_labels`, `_seg` or `_mask`); a single file for a whole folder serves every scene that it covers.
-    A label volume serves scans of one patient only: patients in a common space have equal grids, so nothing else would tell.
+    How label volumes find their scans: `LabelFolder.match`. One serves scans of one patient only: patients in a common space have
+    equal grids, so nothing else would tell.
 
     Args:
         catalogue: The scenes.
         labels: Folder of label files, or one file.
         options: How they are read.
         ignore: Class numbers that are no label.
+        group_pattern: What names a patient in the path of a label volume, as in `VolumeSettings`.
 
     Raises:
         SceneError: Nothing matches, a matching file cannot be brought to its scene, or a label volume would serve several patients.
     """
     options = options or LabelOptions()
     said = Said(pseudonyms() if of_patients(catalogue.kind) else None, labels.absolute())
-    found, without, shared = _files_of(catalogue, said)
+    found, without, shared = _files_of(catalogue, said, options, group_pattern)
     layers = {file: open_vector(file, options) for file in dict.fromkeys(file for _, file in found) if _is_vector(file)}
     numbers = number_texts(layers.values(), options)
-    _refuse_unused(options, found[0][1], said, vectors=bool(layers))
+    _refuse_unused(options, found[0], said, vectors=bool(layers))
     notes = [summary(layer, options, numbers) for layer in layers.values()]
+    if isinstance(found[0][0], VolumeScene):
+        notes.append(f"{len(found)} scans are labelled by {len({file for _, file in found})} of the label files")
     pairs: list[tuple[Scene, LabelMap]] = []
     for scene, file in found:
         try:
@@ -140,15 +154,13 @@ def match_labels(catalogue: Catalogue, labels: Path, options: LabelOptions | Non
     return Labelling(pairs, without, notes, table.only(pixels), pixels, names)
 
 
-def _files_of(catalogue: Catalogue, said: Said) -> tuple[list[tuple[Scene, Path]], list[Rejected], bool]:
+def _files_of(
+    catalogue: Catalogue, said: Said, options: LabelOptions, group_pattern: str
+) -> tuple[Sequence[tuple[Scene, Path]], list[Rejected], bool]:
     """The label file of each scene, the scenes without one, and whether a single file serves all."""
-    labels = said.folder
-    if not labels.exists():
-        raise SceneError(f"{said.option} does not exist; --labels wants a folder of label files or one file")
-    endings: tuple[str, ...] = (*ENDINGS, ".json") if labels.is_file() else ENDINGS
-    if any(scene.label_suffix == PICTURE for scene in catalogue.scenes):
-        endings = (PICTURE,)
-    files = [file for file in every_file(labels.absolute()) if file.name.lower().endswith(endings)]
+    files = _candidates(catalogue, said)
+    if any(isinstance(scene, VolumeScene) for scene in catalogue.scenes):
+        return (*_volume_files(catalogue, said.folder, files, options, group_pattern), False)
     by_stem: dict[str, Path] = {}
     for file in files:
         stem = file.name.split(".")[0]
@@ -168,7 +180,7 @@ def _files_of(catalogue: Catalogue, said: Said) -> tuple[list[tuple[Scene, Path]
         if label is None:
             without.append(Rejected(said.scene(scene), "no label file of the same name"))
             continue
-        if scene.label_suffix in (".nii.gz", PICTURE) and patients.setdefault(label, scene.group) != scene.group:
+        if scene.label_suffix == PICTURE and patients.setdefault(label, scene.group) != scene.group:
             other = f"{said.label(label)} would label scans of several patients, one of them {scene.name}"
             raise SceneError(f"{other}; name each label file like its image")
         found.append((scene, label))
@@ -179,6 +191,35 @@ def _files_of(catalogue: Catalogue, said: Said) -> tuple[list[tuple[Scene, Path]
             "name each label file like its image"
         )
     return found, without, len(files) == 1
+
+
+def _candidates(catalogue: Catalogue, said: Said) -> list[Path]:
+    """Files whose ending is one of labels of these scenes."""
+    if not said.folder.exists():
+        raise SceneError(f"{said.option} does not exist; --labels wants a folder of label files or one file")
+    endings: tuple[str, ...] = (*ENDINGS, ".json") if said.folder.is_file() else ENDINGS
+    if any(scene.label_suffix == PICTURE for scene in catalogue.scenes):
+        endings = (PICTURE,)
+    return [file for file in every_file(said.folder) if file.name.lower().endswith(endings)]
+
+
+def _volume_files(
+    catalogue: Catalogue, labels: Path, files: Sequence[Path], options: LabelOptions, group_pattern: str
+) -> tuple[Sequence[tuple[Scene, Path]], list[Rejected]]:
+    """The label volume of each scene, and the scenes without one."""
+    scenes = [scene for scene in catalogue.scenes if isinstance(scene, VolumeScene)]
+    folder = labels if labels.is_dir() else labels.parent
+    chosen = label_volumes(files, folder, scenes, options)
+    data = catalogue.root if catalogue.root.is_dir() else catalogue.root.parent
+    found, without = LabelFolder(folder, chosen, options, group_pattern).match(scenes, data)
+    if not found:
+        left_out = f" of {len(files)} files there" if options.files else ""
+        first = f"; the first without: {without[0].reason}" if without else ""
+        raise SceneError(
+            f"no label volume belongs to a scan: {len(chosen)} label files{left_out} and {len(scenes)} scans{first}. Name each label file "
+            "like its image, say how with label_options.rename, or which are labels with label_options.files"
+        )
+    return found, without
 
 
 def _open(
@@ -219,11 +260,14 @@ def _is_vector(file: Path) -> bool:
     return file.suffix.lower() in DRIVERS
 
 
-def _refuse_unused(options: LabelOptions, first: Path, said: Said, *, vectors: bool) -> None:
+def _refuse_unused(options: LabelOptions, first: tuple[Scene, Path], said: Said, *, vectors: bool) -> None:
     """Stops at options that would change nothing."""
     given = [name for name in VECTOR_WORDS if getattr(options, name) != LabelOptions.model_fields[name].get_default()]
     if given and not vectors:
-        raise SceneError(f"label_options.{given[0]} is for vector files, and the labels are {said.label(first)}; leave it out")
+        raise SceneError(f"label_options.{given[0]} is for vector files, and the labels are {said.label(first[1])}; leave it out")
+    given = [name for name in VOLUME_WORDS if getattr(options, name) != LabelOptions.model_fields[name].get_default()]
+    if given and not isinstance(first[0], VolumeScene):
+        raise SceneError(f"label_options.{given[0]} is for label volumes, and the labels are {said.label(first[1])}; leave it out")
 
 
 def _counted(pairs: Sequence[tuple[Scene, LabelMap]]) -> dict[int, int]:

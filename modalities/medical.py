@@ -13,6 +13,7 @@ from modalities.policies import VolumePolicies
 from modalities.scene import AdapterSettings
 
 Duplicates = Literal["refuse", "keep"]
+GROUP_PATTERN = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
 
 
 class ScanSettings(AdapterSettings):
@@ -26,7 +27,7 @@ class ScanSettings(AdapterSettings):
 
     kind: str
     exclude: tuple[str, ...] = ()
-    group_pattern: str = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
+    group_pattern: str = GROUP_PATTERN
 
     @field_validator("group_pattern")
     @classmethod

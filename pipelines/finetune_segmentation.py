@@ -333,6 +333,8 @@ def segmenter_description(job: Job, arm: str, run_id: str) -> Description:
             "classes": tuple(zip(job.task.values, job.task.names, strict=True)),
             "colours": colours_of(job.settings, job.store, job.task.values),
             "bands": job.settings.bands.model_copy(update={"accept_units": False}),
+            "modality": job.store.kind,
+            "reader": job.store.attributes["reader"],
             "lineage": lineage,
         }
     )

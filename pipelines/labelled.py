@@ -19,9 +19,10 @@ from mae_core.segmentation import Segmentation
 from mae_core.settings import to_plain
 from mae_core.store import TileStore
 from mae_core.tracking import TrackingSettings
-from modalities.catalogue import scan
+from modalities.catalogue import ReaderSettings, scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
+from modalities.medical import GROUP_PATTERN, VolumeSettings
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
 from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
@@ -113,11 +114,12 @@ def labelled_store(settings: Labelled, about: Description) -> TileStore:
 
 def labelled_data(settings: Labelled, about: Description) -> LabelledData:
     """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already."""
-    reader = reader_of(about, settings.reader)
+    reader = _without_labels(reader_of(about, settings.reader), settings)
     crosswalk: Path | None = getattr(settings, "crosswalk", None)
     refuse_crosswalk(crosswalk, reader.kind, settings.out, settings.tracking)
     catalogue = scan(settings.data, reader)
-    labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore)
+    group_pattern = reader.group_pattern if isinstance(reader, VolumeSettings) else GROUP_PATTERN
+    labelling = match_labels(catalogue, settings.labels, settings.label_options, settings.ignore, group_pattern)
     tell_crosswalk(crosswalk, replace(catalogue, names={**catalogue.names, **labelling.names}), settings.out, settings.tracking)
     tell_labels(labelling, settings.class_names)
     catalogue = replace(catalogue, scenes=tuple(scene for scene, _ in labelling.pairs))
@@ -129,6 +131,15 @@ def labelled_data(settings: Labelled, about: Description) -> LabelledData:
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
     prepare_store(catalogue, path, reader, prepare, labels, attributes)
     return LabelledData(TileStore.open(path), tuple(labelling.pairs))
+
+
+def _without_labels(reader: ReaderSettings, settings: Labelled) -> ReaderSettings:
+    """The reader's settings; label volumes that lie among the scans are left out by the pattern that names them."""
+    data, labels, files = settings.data.resolve(), settings.labels.resolve(), settings.label_options.files
+    apart = not (labels.is_relative_to(data) or data.is_relative_to(labels))
+    if not isinstance(reader, VolumeSettings) or not files or apart:
+        return reader
+    return reader.model_copy(update={"exclude": (*reader.exclude, files)})
 
 
 def class_attributes(labelling: Labelling) -> dict[str, Any]:
