@@ -45,6 +45,7 @@ REASONS = {
     "constant": Reason("All voxels hold the same value, which is not 0", _EXCLUDE, is_damage=True),
     "constant_foreground": Reason("All voxels that are not air hold the same value", _EXCLUDE),
     "copied_file": Reason("The same DICOM image (SOPInstanceUID) as another file; one of them is used", "nothing, or delete the copies"),
+    "crosswalk": Reason("The crosswalk cannot be written, or not there", "choose another place for --crosswalk"),
     "damaged_gzip": Reason("The gzip stream is damaged or its checksum is wrong", _COPY, is_damage=True),
     "damaged_header": Reason("The header holds what no header of its format can", _COPY, is_damage=True),
     "damaged_picture": Reason("The PNG is damaged", _COPY, is_damage=True),
@@ -102,6 +103,7 @@ REASONS = {
     "repeated_sequence": Reason(
         "Its session has another scan of the same sequence, which is used", "name them apart, exclude one, or set reader.repeated=separate"
     ),
+    "several_frames": Reason("Several frames in a file, where one X-ray picture is wanted", _EXCLUDE),
     "sform_pixdim_disagree": Reason("The voxel sizes of sform and pixdim differ by more than 1 %", _REPAIR),
     "sform_qform_disagree": Reason("By sform and by qform a corner of the volume lies more than 1 mm apart", _REPAIR),
     "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid", is_damage=True),

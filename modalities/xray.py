@@ -56,6 +56,33 @@ class PngPicture:
 
 
 @dataclass(frozen=True)
+class FoundPicture:
+    """A picture that was found and not yet judged.
+
+    Attributes:
+        picture: Its file.
+        space: Rows and columns.
+        place, patient: What names it and its patient in the archive; they leave this program in no form but a keyed hash.
+        channel: Name of the channel.
+        spacing_mm: Between rows and between columns; None where nobody knows.
+        slope, intercept: Physical value = stored · slope + intercept.
+        is_inverted: Whether higher values are meant to be shown darker.
+        window: Lowest and highest physical value that it would be shown with; None for none.
+    """
+
+    picture: Picture = field(repr=False)
+    space: tuple[int, int]
+    place: str = field(repr=False)
+    patient: str = field(repr=False)
+    channel: str = "XR"
+    spacing_mm: tuple[float, float] | None = None
+    slope: float = 1.0
+    intercept: float = 0.0
+    is_inverted: bool = False
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class XrayLabels:
     """Class numbers of a PNG of the size of a picture, on the grid of its scene."""
 

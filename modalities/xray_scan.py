@@ -19,34 +19,8 @@ from modalities.pseudonyms import Pseudonyms, pseudonyms
 from modalities.scene import Channel, Rejected, SceneError
 from modalities.spacing import Respacing
 from modalities.volume import reasons
-from modalities.xray import Picture, PngPicture, XrayScene, exposed_of
-
-CHANNEL = "XR"
-
-
-@dataclass(frozen=True)
-class FoundPicture:
-    """A picture that was found and not yet judged.
-
-    Attributes:
-        picture: Its file.
-        space: Rows and columns.
-        place, patient: What names it and its patient in the archive; they leave this program in no form but a keyed hash.
-        channel: Name of the channel.
-        spacing_mm: Between rows and between columns; None where nobody knows.
-        slope, intercept: Physical value = stored · slope + intercept; the slope is negative where more means darker.
-        window: Lowest and highest physical value that it would be shown with; None for none.
-    """
-
-    picture: Picture = field(repr=False)
-    space: tuple[int, int]
-    place: str = field(repr=False)
-    patient: str = field(repr=False)
-    channel: str = CHANNEL
-    spacing_mm: tuple[float, float] | None = None
-    slope: float = 1.0
-    intercept: float = 0.0
-    window: tuple[float, float] | None = None
+from modalities.xray import FoundPicture, PngPicture, XrayScene, exposed_of
+from modalities.xray_dicom import find_dicom_picture
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,7 @@ def find_picture(file: Path, place: str, settings: XraySettings) -> FoundPicture
     if first == SIGNATURE:
         space = png_space(file)
         return FoundPicture(PngPicture(file, space), space, place, patient_of(place, settings.group_pattern))
-    return None
+    return find_dicom_picture(file, place, settings)
 
 
 def examine_picture(found: FoundPicture, settings: XraySettings, names: Pseudonyms) -> XrayScene:
@@ -119,7 +93,7 @@ def examine_picture(found: FoundPicture, settings: XraySettings, names: Pseudony
         raise SceneError("constant: all pixels that were exposed hold the same value", "constant")
     low, high = _shown(found) if settings.voi == "window" else (-np.inf, np.inf)
     bottom, top = ends(np.clip(seen, low, high))
-    sign = float(np.sign(found.slope))
+    sign = float(np.sign(found.slope)) * (-1 if found.is_inverted else 1)
     if settings.intensity == "zscore":
         middle, width = robust_mean_std(np.clip(seen, low, high))
     else:

@@ -7,11 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from mae_core.store import TileStore
+from modalities.catalogue import scan
 from modalities.grey_png import read_png
+from modalities.medical import MriSettings
 from pipelines import finetune_segmentation, predict, prepare, pretrain
+from pipelines.preparation import PrepareSettings
+from pipelines.preparation import prepare as prepare_scenes
+from pipelines.prepare import store_attributes
+from pipelines.tiling_plan import SplitSettings
 from tests.synthetic_pictures import save_png, shades
-from tests.tiny_runs import quick, shared_tracking
+from tests.synthetic_volumes import head, save_volume
+from tests.tiny_runs import curve, quick, shared_tracking, tiny_recipe, tiny_run
 
 __all__ = ["quick"]
 
@@ -55,3 +64,34 @@ def test_xray_pictures_go_from_files_to_label_maps(tmp_path: Path, tmp_path_fact
         assert labels.shape == (20, 24)
         assert labels.dtype == np.uint8
         assert set(np.unique(labels)) <= {0, 1}
+
+
+def stored(folder: Path, rubbish: float, defaced: str | None) -> TileStore:
+    """A store of heads in part of which a face is marked; `rubbish` stands in the voxels of the face."""
+    face = np.zeros((24, 24, 24), np.uint8)
+    face[6:18, 14:, 4:12] = 1
+    for number in range(3):
+        values = head(seed=number)
+        values[face == 1] = rubbish * (1 + number)
+        save_volume(folder / "data" / f"sub-{number}_T1w.nii.gz", values)
+        save_volume(folder / "data" / f"sub-{number}_desc-deface_mask.nii.gz", face)
+    reader = MriSettings(spacing_mm=None, defaced=defaced, exclude=() if defaced else ("*mask*",))
+    settings = PrepareSettings(tile=(24, 24, 24), num_workers=0, min_valid_fraction=0.0, split=SplitSettings(val_fraction=0.3))
+    prepare_scenes(scan(folder / "data", reader), folder / "store", settings, attributes=store_attributes(reader, 3))
+    return TileStore.open(folder / "store")
+
+
+def test_what_is_in_a_face_changes_neither_statistics_nor_loss_nor_weights(tmp_path: Path) -> None:
+    pattern = "*_desc-deface_mask.nii.gz"
+    recipe = tiny_recipe(crop=[16], loader__global_batch_size=2, train__steps=2)
+    stores = {rubbish: stored(tmp_path / str(rubbish), rubbish, pattern) for rubbish in (80.0, 160.0)}
+    runs = {rubbish: tiny_run(store, recipe) for rubbish, store in stores.items()}
+    losses = [curve(run.train()) for run in runs.values()]
+    assert losses[0] == losses[1]
+    one, two = (dict(run.state.model.named_parameters()) for run in runs.values())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one_store, two_store = stores.values()
+    assert one_store.statistics.mean == two_store.statistics.mean
+    assert one_store.attributes["reader"]["defaced"] == pattern
+    seen = [curve(tiny_run(stored(tmp_path / f"all {rubbish}", rubbish, None), recipe).train()) for rubbish in stores]
+    assert seen[0] != seen[1]
