@@ -87,7 +87,7 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
         raise SceneError(f"{label} does not exist; --data wants a folder of files or one file")
     root = root.absolute()  # a worker elsewhere opens the same files from another folder
     folder = root if root.is_dir() else root.parent
-    found = every_file(root) if isinstance(settings, ScanSettings) else _with_described(root, folder)
+    found = _with_listed(root, folder) if isinstance(settings, ScanSettings) else _with_described(root, folder)
     kept: list[Path] = []
     ignored: list[Path] = []
     for file in found:
@@ -132,6 +132,11 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
     )
     _check(catalogue)
     return catalogue
+
+
+def _with_listed(root: Path, folder: Path) -> list[Path]:
+    """The files of a folder, or one file; a DICOMDIR stands for the disc that it lies on."""
+    return every_file(folder if root.name.upper() == "DICOMDIR" else root)
 
 
 def _with_described(root: Path, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from modalities.dicom_file import begins_as, named_files, read_facts
 from modalities.dicom_mosaic import cut
 from modalities.dicom_pixels import check_pixels, read_pixels, refuse_changed
 from modalities.dicom_sequence import sequence_of
-from modalities.dicom_series import Stack, stacks_of
+from modalities.dicom_series import Plane, Stack, stacks_of
+from modalities.four_d import chosen_moments
 from modalities.grid import Grid
 from modalities.medical import VolumeSettings
 from modalities.nifti_file import VolumeHeader, write_on
@@ -47,11 +49,13 @@ class Slice:
     """Where a slice of a volume comes from.
 
     Attributes:
+        index: Its place along the normal.
         file: Number of its file among those of the volume.
         frame: Its place in the file.
         slope, intercept: Of its values.
     """
 
+    index: int
     file: int
     frame: int
     slope: float
@@ -64,15 +68,17 @@ class DicomSource:
 
     Attributes:
         pixels: Of each file.
-        slices: In order.
-        header: See `VolumeSource.header`. Where slices are scaled differently, values are stored as physical ones.
+        slices: Of every moment that the volume is the mean of.
+        header: See `VolumeSource.header`. Where slices are scaled differently, values are stored as physical ones; means likewise.
         num_mosaic: Slices in a picture of a mosaic, 0 for others.
+        num_moments: Of how many moments it is the mean.
     """
 
     pixels: tuple[StoredPixels, ...] = field(repr=False)
     slices: tuple[Slice, ...] = field(repr=False)
     header: VolumeHeader
     num_mosaic: int = 0
+    num_moments: int = 1
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -81,16 +87,16 @@ class DicomSource:
 
     def stored(self) -> NDArray[np.generic]:
         """See `VolumeSource.stored`."""
-        values = np.empty(self.header.space, np.dtype(self.header.dtype), order="F")
+        values: NDArray[Any] = np.zeros(self.header.space, np.dtype(self.header.dtype), order="F")
         places = defaultdict(list)
-        for index, part in enumerate(self.slices):
-            places[part.file].append((index, part))
+        for part in self.slices:
+            places[part.file].append(part)
         for number, pixels in enumerate(self.pixels):
             frames = read_pixels(pixels)
             frames = cut(frames[0], self.num_mosaic) if self.num_mosaic else frames
-            for index, part in places[number]:
-                values[:, :, index] = self._scaled(frames[part.frame], part, pixels).T
-        return values
+            for part in places[number]:
+                values[:, :, part.index] += self._scaled(frames[part.frame], part).T
+        return values if self.num_moments == 1 else values / np.float32(self.num_moments)
 
     def refuse_changed(self) -> None:
         """See `VolumeSource.refuse_changed`: told by size and time of every file."""
@@ -101,10 +107,10 @@ class DicomSource:
         """See `VolumeSource.write_like`: NIfTI in the order (column, row, slice), in millimetres, sform and qform code 1."""
         write_on(self.header, path, values)
 
-    def _scaled(self, frame: NDArray[np.generic], part: Slice, pixels: StoredPixels) -> NDArray[np.generic]:
+    def _scaled(self, frame: NDArray[np.generic], part: Slice) -> NDArray[Any]:
         if np.dtype(self.header.dtype).kind != "f":
             return frame
-        return (frame.astype(np.float64) * part.slope + part.intercept).astype(np.float32)
+        return frame.astype(np.float64) * part.slope + part.intercept
 
 
 def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> DicomFolder:
@@ -129,9 +135,11 @@ def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) ->
         stacks, unfit = stacks_of(name, originals)
         for part in unfit:
             refused.append(Refused(_paths(plane.facts for plane in part.planes), part.place, part.reason, part.code, part.unwanted))
+        is_diffusion = any(frame.b_value for facts in originals for frame in facts.frames)
         for moments in stacks:
             try:
-                found.append(_found(moments, settings))
+                found.append(_found(moments, is_diffusion, settings))
+                refused += _left_out(moments, found[-1])
             except SceneError as error:
                 paths = _paths(plane.facts for moment in moments for plane in moment.planes)
                 refused.append(Refused(paths, moments[0].place, str(error), error.code))
@@ -201,41 +209,44 @@ def _originals(members: Sequence[Facts]) -> tuple[list[Facts], list[Facts]]:
     return originals, copies
 
 
-def _found(moments: Sequence[Stack], settings: VolumeSettings) -> Found:
-    """A volume that was not yet judged."""
-    if len(moments) > 1:
-        raise SceneError(f"{len(moments)} images at every position (a time series, or directions of diffusion)", "time_series")
-    stack = moments[0]
-    first = stack.planes[0]
-    files = list({plane.facts.pixels: None for plane in stack.planes})
+def _found(moments: Sequence[Stack], is_diffusion: bool, settings: VolumeSettings) -> Found:
+    """A volume that was not yet judged: of several moments, the one or the mean that `settings.four_d` asks for."""
+    first = moments[0].planes[0]
+    sequence = settings.sequence or sequence_of(first.facts, first.frame, is_diffusion)
+    chosen = [moments[number] for number in chosen_moments([_b_value(stack) for stack in moments], sequence, settings.four_d)]
+    files = list({plane.facts.pixels: None for stack in chosen for plane in stack.planes})
     number = {pixels: index for index, pixels in enumerate(files)}
     slices = tuple(
-        Slice(number[plane.facts.pixels], plane.frame.number, *_rescale(plane.facts, plane.frame.slope, plane.frame.intercept))
-        for plane in stack.planes
+        Slice(index, number[plane.facts.pixels], plane.frame.number, *_rescale(plane))
+        for stack in chosen
+        for index, plane in enumerate(stack.planes)
     )
-    scales = {(part.slope, part.intercept) for part in slices}
-    alike = len(scales) == 1
-    slope, intercept = (slices[0].slope, slices[0].intercept) if alike else (1.0, 0.0)
-    dtype = check_pixels(files[0]) if alike else np.dtype(np.float32)
+    is_stored = len(chosen) == 1 and len({(part.slope, part.intercept) for part in slices}) == 1
+    slope, intercept = (slices[0].slope, slices[0].intercept) if is_stored else (1.0, 0.0)
+    dtype = check_pixels(files[0]) if is_stored else np.dtype(np.float32)
     num_mosaic = len(first.facts.frames) if first.facts.is_mosaic else 0
-    shape = _shape(files[0], num_mosaic)
-    grid = Grid.from_matrix((*shape, len(slices)), stack.affine, "RAS+", "mm")
-    header = VolumeHeader(grid.space, grid.affine, dtype.str, slope, intercept, 0, stack.flags)
+    grid = Grid.from_matrix((*_shape(files[0], num_mosaic), len(chosen[0].planes)), chosen[0].affine, "RAS+", "mm")
+    header = VolumeHeader(grid.space, grid.affine, dtype.str, slope, intercept, 0, chosen[0].flags)
+    source = DicomSource(tuple(files), slices, header, num_mosaic, len(chosen))
     patient = first.facts.patient.casefold() or f"study {first.facts.study}"
-    sequence = settings.sequence or sequence_of(first.facts, first.frame)
-    return Found(
-        DicomSource(tuple(files), slices, header, num_mosaic),
-        stack.place,
-        patient,
-        first.facts.study,
-        sequence,
-        stack.flags,
-        first.facts.modality,
-    )
+    flags = (*chosen[0].flags, *["four_d"] * (len(moments) > 1))
+    return Found(source, chosen[0].place, patient, first.facts.study, sequence, flags, first.facts.modality)
 
 
-def _rescale(facts: Facts, slope: float, intercept: float) -> tuple[float, float]:
+def _left_out(moments: Sequence[Stack], used: Found) -> list[Refused]:
+    """The files of other moments than those that are used."""
+    paths = set(_paths(plane.facts for stack in moments for plane in stack.planes)) - set(used.source.files)
+    reason = "another moment or b-value than the one of its series that is used (reader.four_d)"
+    return [Refused(tuple(sorted(paths)), f"{used.place}/others", reason, "time_series", unwanted=True)] if paths else []
+
+
+def _b_value(stack: Stack) -> float | None:
+    return stack.planes[0].frame.b_value
+
+
+def _rescale(plane: Plane) -> tuple[float, float]:
     """Slope and intercept to values that are bright where the picture is: of MR, MONOCHROME1 is turned; HU are what they are."""
+    facts, slope, intercept = plane.facts, plane.frame.slope, plane.frame.intercept
     if facts.pixels.photometric != "MONOCHROME1" or facts.modality == "CT":
         return slope, intercept
     mirrored = -1 if facts.pixels.signed else 2**facts.pixels.bits_stored - 1  # lowest + highest stored value

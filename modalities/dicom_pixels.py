@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom import config
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
@@ -60,7 +61,7 @@ def read_pixels(pixels: StoredPixels) -> NDArray[np.generic]:
             "truncated",
         )
     shape = (pixels.num_frames, pixels.rows, pixels.columns)
-    plain = not UID(pixels.syntax).is_encapsulated
+    plain = not _uid(pixels).is_encapsulated
     wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if plain and 0 <= pixels.num_bytes < wanted:
         raise SceneError(f"truncated: {pixels.num_bytes} of {wanted} bytes of pixels; copy it again", "truncated")
@@ -84,10 +85,11 @@ def refuse_changed(pixels: StoredPixels) -> None:
 
 
 def _decoder(pixels: StoredPixels) -> Any:
-    try:
-        decoder = get_decoder(UID(pixels.syntax))
-    except NotImplementedError:
-        decoder = None
+    with quiet():
+        try:
+            decoder = get_decoder(_uid(pixels))
+        except NotImplementedError:
+            decoder = None
     if decoder is None or not decoder.is_available:
         raise SceneError(
             f"no decoder for {_syntax(pixels)} is installed; pip install 'terravox[dicom]', or export it uncompressed", "no_decoder"
@@ -104,7 +106,7 @@ def _decoded(pixels: StoredPixels) -> Any:
         return _decoder(pixels).as_array(
             source,
             raw=True,
-            transfer_syntax_uid=UID(pixels.syntax),
+            transfer_syntax_uid=_uid(pixels),
             rows=pixels.rows,
             columns=pixels.columns,
             samples_per_pixel=1,
@@ -118,7 +120,12 @@ def _decoded(pixels: StoredPixels) -> Any:
         )[0]
 
 
+def _uid(pixels: StoredPixels) -> UID:
+    """Of the transfer syntax, not checked: pydicom's warning would quote it."""
+    return UID(pixels.syntax, config.IGNORE)
+
+
 def _syntax(pixels: StoredPixels) -> str:
     """The transfer syntax in words; of one that DICOM does not know, nothing."""
-    known = UID(pixels.syntax)
+    known = _uid(pixels)
     return known.name if known.name != pixels.syntax and known.is_transfer_syntax and not known.is_private else "an unknown transfer syntax"

@@ -38,24 +38,25 @@ def words_of(description: str) -> frozenset[str]:
     return frozenset(found | {name for name, pattern in _PREFIXED.items() if pattern.search(text)})
 
 
-def sequence_of(facts: Facts, frame: Frame) -> str:
+def sequence_of(facts: Facts, frame: Frame, is_diffusion: bool = False) -> str:
     """The channel name of a frame of an MR file, `MR` where neither words nor physics tell; of another file, its modality.
 
-    In this order: a map of diffusion by its image type; a b-value above 0; the words of the description; the physics of spin echo and
-    inversion recovery with the usual bounds (below). A T1 weighting with a contrast agent is `T1ce`; quantitative maps (T1 map) are `MR`.
+    In this order: a map of diffusion by its image type; a b-value above 0, or `is_diffusion`: others of its series have one; the words
+    of the description; the physics of spin echo and inversion recovery with the usual bounds (below). A T1 weighting with a contrast
+    agent is `T1ce`; quantitative maps (T1 map) are `MR`.
     """
     if facts.modality != "MR":
         return facts.modality if facts.named_modality == facts.modality else UNKNOWN
     kinds = {part for value in frame.image_type for part in value.split("_")}
     if "ADC" in kinds or "adc" in facts.words:
         return "adc"
-    if frame.b_value or "DIFFUSION" in kinds or "TRACEW" in kinds or "dwi" in facts.words:
+    if is_diffusion or frame.b_value or "DIFFUSION" in kinds or "TRACEW" in kinds or "dwi" in facts.words:
         return "dwi"
     if "SWI" in kinds:
         return "swi"
     named = _by_words(facts.words)
     weighting = _by_physics(facts, frame) if named is None else named
-    has_agent = (facts.has_agent and "pre" not in facts.words) or "post" in facts.words
+    has_agent = "pre" not in facts.words and (facts.has_agent or "post" in facts.words)
     return "T1ce" if weighting == "T1w" and has_agent else weighting
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from pydicom.errors import BytesLengthException, InvalidDicomError
+
 from modalities.scene import SceneError
 
-MISREAD = (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError, EOFError, struct.error, AssertionError)
+MISREAD = (
+    *(ValueError, TypeError, LookupError, AttributeError, NotImplementedError, OverflowError, EOFError, AssertionError, RecursionError),
+    *(struct.error, zlib.error, BytesLengthException, InvalidDicomError),
+)
 """What a parser raises over bytes that are no DICOM; the messages quote them, so none is passed on."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,9 @@ def chosen_volumes(file: Path, num_volumes: int, sequence: str, four_d: Mapping[
     """
     if num_volumes == 1:
         return (0,)
-    how = four_d.get(sequence, four_d[DEFAULT])
+    how, key = policy_of(sequence, four_d)
     found = _HOW.fullmatch(how)
     if how == "reject" or found is None:
-        key = sequence if sequence in four_d else DEFAULT
         raise SceneError(f"4-D with {num_volumes} volumes: split it, or set reader.four_d.{key} to first, mean or a b-value (b0)", "four_d")
     if how == "first":
         return (0,)
@@ -50,12 +49,40 @@ def chosen_volumes(file: Path, num_volumes: int, sequence: str, four_d: Mapping[
     return _of_b_value(_b_values(file, num_volumes), float(found[1]))
 
 
+def policy_of(sequence: str, four_d: Mapping[str, str]) -> tuple[str, str]:
+    """What is done with several volumes of a sequence, and under which key of the settings that stands."""
+    key = sequence if sequence in four_d else DEFAULT
+    return four_d[key], key
+
+
+def chosen_moments(b_values: Sequence[float | None], sequence: str, four_d: Mapping[str, str]) -> tuple[int, ...]:
+    """As `chosen_volumes`, of images at the same positions whose b-values stand in their headers; None where one says nothing.
+
+    Raises:
+        SceneError: None is to be used, or the b-values do not say which.
+    """
+    how, key = policy_of(sequence, four_d)
+    if len(b_values) == 1 or how == "first":
+        return (0,)
+    if how == "mean":
+        return tuple(range(len(b_values)))
+    if how == "reject":
+        raise SceneError(
+            f"{len(b_values)} images at every position (moments or directions of diffusion); set reader.four_d.{key} to first, mean or b0",
+            "time_series",
+        )
+    known = [value for value in b_values if value is not None]
+    if len(known) < len(b_values):
+        raise SceneError("diffusion without b-values in its headers; set reader.four_d.dwi to first or mean", "b_values_missing")
+    return _of_b_value(known, float(how[1:]))
+
+
 def _of_b_value(values: list[float], wanted: float) -> tuple[int, ...]:
     chosen = tuple(place for place, value in enumerate(values) if abs(value - wanted) <= B_VALUE_TOLERANCE)
     if not chosen:
         there = sorted({round(value) for value in values})
         raise SceneError(
-            f"no volume has a b-value within {B_VALUE_TOLERANCE:g} of {wanted:g} s/mm²; there are {there[:12]}; set reader.four_d.dwi",
+            f"no volume here has a b-value within {B_VALUE_TOLERANCE:g} of {wanted:g} s/mm²; there are {there[:12]}; set reader.four_d.dwi",
             "b_value_absent",
         )
     return chosen

@@ -110,7 +110,7 @@ REASONS = {
     "single_slice": Reason("A series of one slice", _EXCLUDE),
     "small_field": Reason("The volume is shorter than reader.min_field_mm along an axis", "set reader.min_field_mm, or exclude it"),
     "time_series": Reason(
-        "Several images at every position: a time series, or directions of diffusion", "export one volume of it, or exclude it"
+        "Several images at every position: a time series, or directions of diffusion", "set reader.four_d for its sequence, or exclude it"
     ),
     "too_large": Reason("More voxels than reader.max_voxels, as stored or at the wanted spacing", "set reader.max_voxels, or exclude it"),
     "trailing_bytes": Reason("More than a megabyte follows the voxels", _COPY, is_damage=True),

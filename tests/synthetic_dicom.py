@@ -128,8 +128,15 @@ def write_series(
     return written
 
 
-def write_enhanced(path: Path, values: NDArray[Any], affine: NDArray[Any], order: list[int] | None = None, **tags: Any) -> Path:
-    """Writes `values` `(column, row, slice)` as one multi-frame file with functional groups, frames in `order`."""
+def write_enhanced(
+    path: Path,
+    values: NDArray[Any],
+    affine: NDArray[Any],
+    order: list[int] | None = None,
+    change: Callable[[Dataset, int], None] | None = None,
+    **tags: Any,
+) -> Path:
+    """Writes `values` `(column, row, slice)` as one multi-frame file with functional groups, frames in `order`; see `write_series`."""
     order = list(range(values.shape[2])) if order is None else order
     shared, frames = Dataset(), []
     first = place_tags(affine, 0)
@@ -139,6 +146,8 @@ def write_enhanced(path: Path, values: NDArray[Any], affine: NDArray[Any], order
         frame = Dataset()
         frame.PlanePositionSequence = [_item(ImagePositionPatient=place_tags(affine, k)["ImagePositionPatient"])]
         frame.FrameContentSequence = [_item(InStackPositionNumber=k + 1, DimensionIndexValues=[place + 1])]
+        if change is not None:
+            change(frame, k)
         frames.append(frame)
     modality = tags.get("Modality") or "MR"
     pixels = np.stack([np.ascontiguousarray(values[:, :, k].T) for k in order])
