@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ class Description(Settings):
     lineage: dict[str, str]
 
 
-def save_model(folder: Path, model: nn.Module, description: Description) -> str:
-    """Write a model folder, whole or not at all; SHA-256 of the weights.
+def save_model(folder: Path, model: nn.Module, description: Description, beside: Mapping[str, bytes] | None = None) -> str:
+    """Write a model folder, whole or not at all; SHA-256 of the weights. `beside`: other files by name, sealed with it.
 
     Raises:
         ModelError: The disk is full or not writable.
@@ -87,6 +88,8 @@ def save_model(folder: Path, model: nn.Module, description: Description) -> str:
         aside.mkdir(parents=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, aside / WEIGHTS)
         (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
+        for name, data in (beside or {}).items():
+            (aside / name).write_bytes(data)
         seal(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

@@ -75,7 +75,8 @@ def one(settings: CompareSettings, name: str, seed: int) -> dict[str, Any]:
     scores = {}
     for arm, probes in read["held_out"].items():
         scores[arm.partition("-seed")[0]] = {kind: measures["balanced_accuracy"] for kind, measures in probes.items()}
-    return {"seed": seed, "skill": found.get("val/skill"), "balanced_accuracy": scores}
+    seen = recall(probed).get("seen_patients")
+    return {"seed": seed, "skill": found.get("val/skill"), "balanced_accuracy": scores, **({"seen_patients": seen} if seen else {})}
 
 
 def _run(verb: Any, arguments: list[str], name: str) -> None:

@@ -25,6 +25,7 @@ from mae_core.vit import Encoder
 from mae_core.weights import Transfer, WeightsError, read_tensors, weights_file, write_tensors
 from modalities.quality import NO_VALUE
 from pipelines.command_line import run
+from pipelines.contamination import files_of, load_training_data
 from pipelines.convert_bands import NewBandSettings, rebanded
 from pipelines.prepare import TILES
 from pipelines.progress import console, table
@@ -208,8 +209,9 @@ def convert_bands(settings: ConvertSettings) -> dict[str, Any]:
     if done is not None:
         console.print(f"run {settings.out} is finished; its result is told again")
     else:
+        beside = files_of(load_training_data(folder))
         lineage = about.lineage | {"source_weights": source, "source_channels": ",".join(about.channels)}
-        weights = save_model(settings.out / "model", found.encoder, found.about.model_copy(update={"lineage": lineage}))
+        weights = save_model(settings.out / "model", found.encoder, found.about.model_copy(update={"lineage": lineage}), beside)
         facts = {"digests": {"source": source, "weights": weights}, "bands": found.rows(), **account(found.transfer)}
         done = finish(settings.out, "convert", config, facts)
     tell(found.transfer, settings.source)

@@ -29,7 +29,6 @@ from mae_core.loader import LoaderSettings, Stream
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
-from mae_core.settings import Settings
 from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import Checkpoints, Report, TrainSettings, train
@@ -41,7 +40,9 @@ from pipelines.case_report import summary as case_summary
 from pipelines.case_report import tell_cases
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
+from pipelines.contamination import SeenSettings, TrainingData, Verdict, files_of, load_training_data, trained_on, verdict_facts, verdict_on
 from pipelines.crosswalk_option import CrosswalkPath
+from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
@@ -57,7 +58,7 @@ CASES_TABLE, SCORES = "cases.csv", ("scores.json", "confusion.json", "cases.json
 MAY_DIFFER = (*PRETRAIN_MAY_DIFFER, "encoder", "data", "labels", "out", "crosswalk", "prepare.num_workers", "prepare.scheduler")
 
 
-class FinetuneSettings(Settings):
+class FinetuneSettings(SeenSettings):
     """Settings of `finetune_segmentation`."""
 
     encoder: str = Field(description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -103,6 +104,8 @@ class Job:
         config: Resolved settings as they are recorded.
         parent: Registered version of the encoder, if it is known.
         cases: Held-out scans; none where images are no volumes.
+        training_data: What the encoder was trained on, if it is known.
+        verdict: Whether what is held out was among it; None for what shows no patients, and where no arm begins with the encoder.
     """
 
     settings: FinetuneSettings
@@ -115,6 +118,8 @@ class Job:
     config: dict[str, Any]
     parent: Registered | None = None
     cases: tuple[Case, ...] = ()
+    training_data: TrainingData | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -136,10 +141,14 @@ def work(settings: FinetuneSettings) -> int:
     """Do it."""
     folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
-    data = labelled_data(settings, about)
-    store = data.store
+    seen = load_training_data(folder)
+    data = labelled_data(settings, about, seen if settings.split_like_pretraining else None)
+    store, verdict = data.store, None
+    if settings.init != "scratch":
+        verdict = verdict_on(seen, store, allow=settings.allow_seen_patients)
     settings = settings.model_copy(update={"crop": fitting_crop(settings, about, store)})
     config = recorded(settings, store.kind) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
+    config |= {"split_digest": split_digest(store.index)}
     with processes(settings.train.device) as parallel:
         done = begin(settings.out, "finetune_segmentation", config, MAY_DIFFER) if parallel.is_first else None
         if parallel.any(done is not None):
@@ -149,7 +158,7 @@ def work(settings: FinetuneSettings) -> int:
             return 0
         cases = held_out_cases(store.index.scene[store.rows(judged_side(store))].tolist(), data.pairs)
         job = make_job(settings, encoder, about, store, parallel, config)
-        result = _compare(replace(job, parent=version, cases=tuple(cases)))
+        result = _compare(replace(job, parent=version, cases=tuple(cases), training_data=seen, verdict=verdict))
     if result:
         tell(result)
     return 0
@@ -193,7 +202,8 @@ def _compare(job: Job) -> dict[str, Any]:
                 )
             )
             write_json(out / RUN, {"run_id": tracker.run_id})
-            facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names)}
+            facts = {"tiles": str(len(job.store)), "classes": ",".join(job.task.names), "split_digest": job.config["split_digest"]}
+            tracker.tags({} if job.verdict is None else {"seen_patients": job.verdict.words})
             tracker.dataset(job.store.kind, job.store.digest, "fine-tuning", facts)
         found = {(arm, seed): train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
         if tracker is None:
@@ -215,7 +225,12 @@ def _compare(job: Job) -> dict[str, Any]:
     bands = store_matching(job.about, job.store, settings.bands).table()
     side = judged_side(job.store)
     groups = {name: len(set(job.store.index.group[rows].tolist())) for name, rows in (("train", job.rows), (side, job.store.rows(side)))}
-    return finish(out, "finetune_segmentation", job.config, {"figures": summary, "groups": groups, "bands": bands, **facts})
+    return finish(
+        out,
+        "finetune_segmentation",
+        job.config,
+        {"figures": summary, "groups": groups, "bands": bands, **facts, **verdict_facts(job.verdict)},
+    )
 
 
 def _cases(job: Job, found: dict[tuple[str, int], list[Row]], tracker: Tracker) -> dict[str, Any]:
@@ -279,7 +294,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         rows = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel).rows(model, job.cases)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
-            save_model(folder / "model", model, about)
+            save_model(folder / "model", model, about, training_files(job, arm))
             write_json(folder / "cases.json", {"rows": plain_rows(rows)})
             write_json(
                 folder / "confusion.json", {"rows": "labelled", "columns": "predicted", "classes": job.task.names, "voxels": confused}
@@ -320,11 +335,18 @@ def score(task: Segmentation, model: Segmenter, overlap: float) -> tuple[dict[st
     return scores, [[int(count) for count in row] for row in total]
 
 
+def training_files(job: Job, arm: str) -> dict[str, bytes]:
+    """What is kept beside the segmenter of an arm: what it and the encoder that it began with were trained on."""
+    begun = "the encoder that it began with" if arm == "pretrained" else ""
+    return files_of(trained_on(job.training_data if begun else None, job.store, "fine-tuning", begun))
+
+
 def segmenter_description(job: Job, arm: str, run_id: str) -> Description:
     """What the segmenter of an arm is, how it is fed and where it comes from."""
     lineage = {**job.about.lineage, "labelled_store_digest": job.store.digest, "finetuning_run": run_id, "init": arm}
     if arm == "pretrained":
         lineage |= {"encoder_weights": job.config["encoder_weights"]} | ({"encoder_version": job.parent.uri} if job.parent else {})
+        lineage |= {} if job.verdict is None else {"seen_patients": job.verdict.words}
     return job.about.model_copy(
         update={
             "kind": "segmenter",
@@ -348,7 +370,12 @@ def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
     parent = job.parent if arm == "pretrained" else None
     registered = tracker.register(folder, load_description(folder, "segmenter"), parent)
     return {
-        "digests": {"store": job.store.digest, "weights": sha256(folder / WEIGHTS), "encoder": job.config["encoder_weights"]},
+        "digests": {
+            "store": job.store.digest,
+            "split": job.config["split_digest"],
+            "weights": sha256(folder / WEIGHTS),
+            "encoder": job.config["encoder_weights"],
+        },
         "mlflow": {**told(tracker, registered), "encoder": parent.uri if parent else None},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -25,12 +25,14 @@ from modalities.labels import Labelling, match_labels
 from modalities.medical import GROUP_PATTERN, VolumeSettings
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
+from pipelines.contamination import TrainingData, block_words, preferred
 from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes, usual_tile
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, reader_of
+from pipelines.tiling_plan import SplitSettings, plan_tiles, split_group
 from pipelines.withheld import kind_of, missing_paths
 
 Colour = Annotated[str, Field(pattern="^#?[0-9A-Fa-f]{6}$")]
@@ -107,13 +109,16 @@ class LabelledData:
     pairs: tuple[tuple[Scene, LabelMap], ...]
 
 
-def labelled_store(settings: Labelled, about: Description) -> TileStore:
+def labelled_store(settings: Labelled, about: Description, seen: TrainingData | None = None) -> TileStore:
     """The tile store of `labelled_data`."""
-    return labelled_data(settings, about).store
+    return labelled_data(settings, about, seen).store
 
 
-def labelled_data(settings: Labelled, about: Description) -> LabelledData:
-    """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already."""
+def labelled_data(settings: Labelled, about: Description, seen: TrainingData | None = None) -> LabelledData:
+    """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already.
+
+    `seen`: what the encoder was trained on, where held-out patients are to be others.
+    """
     reader = _without_labels(reader_of(about, settings.reader), settings)
     crosswalk: Path | None = getattr(settings, "crosswalk", None)
     refuse_crosswalk(crosswalk, reader.kind, settings.out, settings.tracking)
@@ -127,6 +132,7 @@ def labelled_data(settings: Labelled, about: Description) -> LabelledData:
     tile = settings.prepare.tile or usual_tile(reader.kind, to_plain(reader))
     prepare = settings.prepare.model_copy(update={"tile": tile})
     attributes = class_attributes(labelling)
+    prepare = prepare.model_copy(update={"split": _unseen(prepare, catalogue.scenes, seen, store_attributes(reader, len(tile)))})
     plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)) | attributes)
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
     prepare_store(catalogue, path, reader, prepare, labels, attributes)
@@ -140,6 +146,20 @@ def _without_labels(reader: ReaderSettings, settings: Labelled) -> ReaderSetting
     if not isinstance(reader, VolumeSettings) or not files or apart:
         return reader
     return reader.model_copy(update={"exclude": (*reader.exclude, files)})
+
+
+def _unseen(prepare: PrepareSettings, scenes: Sequence[Scene], seen: TrainingData | None, attributes: Mapping[str, Any]) -> SplitSettings:
+    """The split, with what the encoder was trained on drawn last."""
+    split = prepare.split
+    if seen is None or split.file is not None or split.unit == "ground" or split.val_fraction == 0:
+        return split
+    scenes = sorted(scenes, key=lambda scene: scene.name)
+    groups: dict[str, set[str]] = {}
+    for tile in plan_tiles(scenes, prepare.tile, split):
+        scene = scenes[tile.scene]
+        groups.setdefault(split_group(scene.group, tile, split), set()).update(scene.voxel_digests)
+    blocks = block_words(split.block_tiles, prepare.tile) if split.unit == "block" else ""
+    return split.model_copy(update=preferred(seen, str(attributes.get("pseudonym_key", "")), blocks, groups))
 
 
 def class_attributes(labelling: Labelling) -> dict[str, Any]:

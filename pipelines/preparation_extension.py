@@ -17,7 +17,7 @@ import numpy as np
 from mae_core.store import TileIndex, TileStore
 from modalities.scene import Scene
 from pipelines.ground_split import Sided
-from pipelines.tiling_plan import Ground, PreparationError, SplitSettings, group_order
+from pipelines.tiling_plan import Ground, PreparationError, SplitSettings, drawing_order
 
 TIES = "its scene ties held-out and training places together"
 OVERLAPS = "overlaps a held-out tile"
@@ -139,7 +139,7 @@ def growth(earlier: Earlier, scenes: Sequence[Scene], entries: Mapping[str, Mapp
 
 
 def sides_of_new(
-    earlier: Earlier, grown: Growth, rows: Sequence[dict[str, Any]], split: SplitSettings
+    earlier: Earlier, grown: Growth, rows: Sequence[dict[str, Any]], split: SplitSettings, fixed: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[str], Counter[str]]:
     """New rows that may stay, the side of each, and the number of the others by reason; the old ones keep their sides.
 
@@ -151,9 +151,10 @@ def sides_of_new(
         grown: What is new.
         rows: Accepted tiles of new scenes, with `group`.
         split: As the store was divided.
+        fixed: Side of each new group by a frozen split; empty where there is none.
     """
     dropped: Counter[str] = Counter()
-    sides = {**earlier.sides, **{f"region {name}": "test" for name in split.regions}}
+    sides = {**fixed, **earlier.sides, **{f"region {name}": "test" for name in split.regions}}
     rows = list(rows)
     if split.unit != "block":
         for group, olds in grown.joined.items():
@@ -166,10 +167,14 @@ def sides_of_new(
     sizes = Counter(row["group"] for row in rows if sides.get(row["group"]) != "test")
     old = Counter(earlier.store.index.split.tolist())
     held = old["val"] + sum(size for group, size in sizes.items() if sides.get(group) == "val")
-    for group in group_order([group for group in sizes if group not in sides], split.seed):
+    left = [group for group in sizes if group not in sides]
+    if set(left) <= set(split.never_hold_out):
+        sides |= dict.fromkeys(left, "train")
+        left = []
+    for group in drawing_order(left, split):
         sides[group] = "val" if held < split.val_fraction * (old["train"] + old["val"] + sizes.total()) else "train"
         held += sizes[group] if sides[group] == "val" else 0
-    return rows, [sides[row["group"]] for row in rows], dropped
+    return rows, [sides.get(row["group"], "train") for row in rows], dropped
 
 
 def too_near_words(split: SplitSettings) -> str:

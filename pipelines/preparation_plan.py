@@ -22,6 +22,7 @@ from modalities.grid import Grid
 from modalities.ground import centres
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.channel_conflicts import refuse_mixed
+from pipelines.frozen_split import FrozenSplit, Group, read_split, sides_of
 from pipelines.ground_split import block_names
 from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
 from pipelines.shard_task import Keep, ShardTask, Stamps, shard_tasks, stamps_of
@@ -88,6 +89,7 @@ class PreparationPlan:
         tiles: Candidates, by rising id.
         layout: Of the arrays.
         split: How tiles are held out.
+        sides: Of each group, by a frozen split; empty where there is none.
         attributes: Of the store's group, given by the caller.
         earlier, grown: The finished store that the scenes are added to, and what is new about them; None for a new store.
         document: What the plan says in a few words, compared to tell one plan from another and kept in the manifest.
@@ -102,6 +104,7 @@ class PreparationPlan:
     tiles: list[PlannedTile]
     layout: StoreLayout
     split: SplitSettings
+    sides: Mapping[str, str]
     attributes: Mapping[str, Any]
     earlier: Earlier | None
     grown: Growth | None
@@ -136,10 +139,8 @@ def make_plan(
     """
     scenes = tuple(sorted(scenes, key=lambda scene: scene.name))
     named = _named(scenes, labels)
-    try:
-        encode_json(attributes)
-    except (TypeError, ValueError) as error:
-        raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
+    _refuse_unwritable(attributes)
+    frozen = None if settings.split.file is None else read_split(settings.split.file)
     document: dict[str, Any] = {
         "settings": {
             "tile": list(tile),
@@ -147,7 +148,7 @@ def make_plan(
             "compression": settings.compression,
             "min_valid_fraction": settings.min_valid_fraction,
             **({"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}),
-            "split": settings.split.document(),
+            "split": settings.split.document() | ({"frozen": frozen.digest} if frozen else {}),
         },
         "channels": [asdict(channel) for channel in _channels(scenes, earlier, allow_levels=settings.mix_levels)],
         "dtype": _dtype(scenes),
@@ -164,7 +165,8 @@ def make_plan(
     groups = tuple(scene.group if grown is None else grown.groups[scene.name] for scene in scenes)
     first = 0 if earlier is None else earlier.free_tile
     tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, first, labelled=bool(labels))
-    if earlier is None:
+    sides = {} if frozen is None else _frozen_sides(frozen, scenes, groups, settings.split, attributes)
+    if earlier is None and frozen is None:
         held_out_groups(Counter(_planned_groups(scenes, groups, tiles, settings.split)), settings.split)
     of_scene = {number: list(places) for number, places in groupby(tiles, key=lambda place: place.scene)}
     document["scenes"] = [] if earlier is None else list(earlier.document["scenes"])
@@ -195,6 +197,7 @@ def make_plan(
         tiles,
         layout,
         settings.split,
+        sides,
         attributes,
         earlier,
         grown,
@@ -275,6 +278,26 @@ def _planned_groups(scenes: Sequence[Scene], groups: Sequence[str], tiles: Seque
     places = centres([scenes[tile.scene].grid.frame for tile in tiles], matrices, [tile.extent for tile in tiles])
     blocks = block_names(*places, split.block_km)
     return [block or groups[tile.scene] for tile, block in zip(tiles, blocks, strict=True)]
+
+
+def _refuse_unwritable(attributes: Mapping[str, Any]) -> None:
+    try:
+        encode_json(attributes)
+    except (TypeError, ValueError) as error:
+        raise PreparationError(f"the attributes {dict(attributes)} cannot be written as JSON: {error}") from error
+
+
+def _frozen_sides(
+    frozen: FrozenSplit, scenes: Sequence[Scene], groups: Sequence[str], split: SplitSettings, attributes: Mapping[str, Any]
+) -> Mapping[str, str]:
+    """The side of every group, as a frozen split has it under any of its names or scans."""
+    names: dict[str, list[str]] = {}
+    scans: dict[str, set[str]] = {}
+    for scene, group in zip(scenes, groups, strict=True):
+        names.setdefault(group, []).append(scene.group)
+        scans.setdefault(group, set()).update(scene.voxel_digests)
+    found = {group: Group(tuple(names[group]), frozenset(scans[group])) for group in names}
+    return sides_of(frozen, found, split.unknown, str(attributes.get("pseudonym_key", "")))
 
 
 def _described(channel: Channel) -> dict[str, Any]:

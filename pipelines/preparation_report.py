@@ -17,6 +17,7 @@ from mae_core.store_writer import finish, merge_moments, wait_with
 from modalities.ground import centres, footprints
 from modalities.quality import NO_VALUE, Quality
 from pipelines.channel_conflicts import levels_of
+from pipelines.frozen_split import digest_of_sides
 from pipelines.ground_check import refuse_shared_ground
 from pipelines.ground_split import Sided, block_names, leaks, region_names
 from pipelines.preparation_extension import OVERLAPS_EARLIER, Growth, earlier_tiles, listed, sides_of_new, too_near_words
@@ -163,6 +164,7 @@ def finish_store(
             "plan_digest": plan.digest,
             "tiles": {"found": found, "accepted": len(rows), "discarded": dict(discarded), **sides},
             "groups": groups,
+            "split_digest": digest_of_sides((row["group"], row["split"]) for row in rows),
             "quarantined": {**failed_before, **failed},
             "notes": [*told, *(f"channel {name} has no counted voxel in any training tile; its mean is 0 and its std 1" for name in names)],
         },
@@ -241,11 +243,11 @@ def _divide(
                 "[west, south, east, north] in degrees, or globs of scenes' names"
             )
         sizes = Counter(row["group"] for row, region in zip(rows, regions, strict=True) if not region)
-        held = held_out_groups(sizes, plan.split)
-        sides = ["test" if region else "val" if row["group"] in held else "train" for row, region in zip(rows, regions, strict=True)]
+        held = plan.sides or dict.fromkeys(held_out_groups(sizes, plan.split), "val")
+        sides = ["test" if region else held.get(row["group"], "train") for row, region in zip(rows, regions, strict=True)]
     else:
         earlier = earlier_tiles(plan.earlier, plan.grown)
-        rows, sides, dropped = sides_of_new(plan.earlier, plan.grown, rows, plan.split)
+        rows, sides, dropped = sides_of_new(plan.earlier, plan.grown, rows, plan.split, plan.sides)
         ground = Ground.of_rows(rows, [names[row["scene"]] for row in rows])
         prints = footprints(ground.frames, ground.affines, ground.extents)
     new = Sided(ground, prints, np.array(sides, dtype=object))

@@ -36,6 +36,8 @@ from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, tr
 from mae_core.vit import channel_groups
 from pipelines.bands import described
 from pipelines.command_line import run
+from pipelines.contamination import files_of, trained_on
+from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
 from pipelines.pretrain_start import (
     Begun,
@@ -56,6 +58,7 @@ DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinis
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError, AttentionError)
 MAY_DIFFER = (
     "tracking",
+    "split_digest",
     "loader.num_threads",
     "loader.prefetch",
     "loader.micro_batch_size",
@@ -169,7 +172,7 @@ def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "p
         RunError, LoaderError, DeviceError, StoreError, TrainingError, TrackingError, CheckpointError: See their messages.
     """
     recipe = resolved(recipe, store)
-    config = to_plain(recipe) | {"store_digest": store.digest}
+    config = to_plain(recipe) | {"store_digest": store.digest, "split_digest": split_digest(store.index)}
     with processes(recipe.train.device) as parallel:
         stream = Stream(store, store.rows("train"), recipe.loader, recipe.train.seed, parallel)
         done = begin(out, verb, config, MAY_DIFFER) if parallel.is_first else None
@@ -204,7 +207,8 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
             tracker = stack.enter_context(Tracker(recipe.tracking, out).run(out.name, known, config, {"source": f"pipelines/{verb}.py"}))
             state.run_id = tracker.run_id
             write_json(out / RUN, {"run_id": tracker.run_id})
-            tracker.dataset(store.kind, store.digest, "pretraining", {"tiles": str(len(store)), "channels": ",".join(store.channels)})
+            facts = {"tiles": str(len(store)), "channels": ",".join(store.channels), "split_digest": config["split_digest"]}
+            tracker.dataset(store.kind, store.digest, "pretraining", facts)
         batch = recipe.loader.micro_batch_size or recipe.loader.global_batch_size // parallel.world
         panels = partial(_log_panels, tracker, out)
         task = Pretraining(recipe.model, recipe.hiding, normaliser, recipe.train.seed, store, held_out, batch, parallel, panels)
@@ -267,10 +271,12 @@ def _finish(
         percentiles=tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in store.statistics.percentiles),
         **described(bands_of(store.attributes["channels"])),
     )
-    weights = save_model(out / "model", model.encoder, description)
+    begun_data = None if begun is None else begun.training_data
+    data = trained_on(begun_data, store, "pretraining", "" if begun is None else "the encoder that it began with")
+    weights = save_model(out / "model", model.encoder, description, files_of(data))
     registered = tracker.register(out / "model", description, None)
     return {
-        "digests": {"store": store.digest, "weights": weights},
+        "digests": {"store": store.digest, "split": split_digest(store.index), "weights": weights},
         "mlflow": told(tracker, registered),
     }
 

@@ -26,6 +26,7 @@ from mae_core.store import TileStore
 from mae_core.tracking import TrackingSettings
 from mae_core.weights import Transfer, WeightsError
 from pipelines.bands import model_bands, store_matching
+from pipelines.contamination import TrainingData, load_training_data
 from pipelines.progress import table
 from pipelines.run_folder import RunError, model_folder
 
@@ -58,6 +59,7 @@ class Begun:
         same: Channel of the store to channel of the encoder, for those that are one.
         digest: Of its weights.
         name: How it was given.
+        training_data: What it was trained on, if it says so.
     """
 
     encoder: AnyEncoder
@@ -65,6 +67,7 @@ class Begun:
     same: dict[str, str]
     digest: str
     name: str
+    training_data: TrainingData | None = None
 
     def fill(self, target: AnyEncoder, store: TileStore, new: NewBands) -> Transfer:
         """Give its weights to an encoder for the store's channels; what became of every tensor.
@@ -91,7 +94,7 @@ def begun_from(settings: InitSettings, store: TileStore, tracking: TrackingSetti
     encoder, about = load_encoder(folder)
     matching = store_matching(about, store, settings.bands)
     same = {data.name: model.name for model, data in matching.pairs}
-    return Begun(encoder, about, same, sha256(folder / WEIGHTS), settings.encoder)
+    return Begun(encoder, about, same, sha256(folder / WEIGHTS), settings.encoder, load_training_data(folder))
 
 
 def tell_transfer(transfer: Transfer, name: str) -> None:

@@ -19,13 +19,14 @@ from mae_core.export import WEIGHTS, Description, load_encoder
 from mae_core.parallel import Parallel, processes
 from mae_core.probes import PIXELS, LinearSettings, Samples, classification_measures, collect, knn, linear_probe
 from mae_core.segmentation import Segmentation, confusion
-from mae_core.settings import Settings
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
 from modalities.label_file import LabelOptions
 from pipelines.bands import store_matching
 from pipelines.command_line import run
+from pipelines.contamination import SeenSettings, Verdict, load_training_data, verdict_facts, verdict_on
 from pipelines.finetune_segmentation import EXPECTED
+from pipelines.frozen_split import split_digest
 from pipelines.labelled import Colour, labelled_store, labelled_task, missing
 from pipelines.preparation import PrepareSettings
 from pipelines.pretrain import ui_command
@@ -50,7 +51,7 @@ MEASURES = {"balanced_accuracy": "balanced", "macro_f1": "macro F1", "accuracy":
 """Measures in the order of the table, with the heads of their columns."""
 
 
-class ProbeSettings(Settings):
+class ProbeSettings(SeenSettings):
     """Settings of `probe`."""
 
     encoder: str = Field(description="Run of a pretraining, models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -82,8 +83,10 @@ def work(settings: ProbeSettings) -> int:
     """Do it."""
     folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
-    store = labelled_store(settings, about)
-    digests = {"store": store.digest, "encoder": sha256(folder / WEIGHTS)}
+    seen = load_training_data(folder)
+    store = labelled_store(settings, about, seen if settings.split_like_pretraining else None)
+    verdict = verdict_on(seen, store, allow=settings.allow_seen_patients)
+    digests = {"store": store.digest, "split": split_digest(store.index), "encoder": sha256(folder / WEIGHTS)}
     config = recorded(settings, store.kind) | {"store_digest": digests["store"], "encoder_weights": digests["encoder"]}
     with processes(settings.device) as parallel:
         if parallel.world > 1:
@@ -94,9 +97,10 @@ def work(settings: ProbeSettings) -> int:
         else:
             task = make_task(settings, about, store, parallel)
             figures = measured(settings, task, encoder, about)
-            told = track(settings, task, figures, version)
+            told = track(settings, task, figures, version, verdict)
             bands = store_matching(about, store, settings.bands).table()
-            done = finish(settings.out, "probe", config, {"figures": figures, "bands": bands, "digests": digests, "mlflow": told})
+            facts = {"figures": figures, "bands": bands, "digests": digests, "mlflow": told, **verdict_facts(verdict)}
+            done = finish(settings.out, "probe", config, facts)
     tell(done)
     return 0
 
@@ -167,13 +171,17 @@ def counted(classes: Tensor, names: Sequence[str]) -> dict[str, int]:
     return dict(zip(names, classes.bincount(minlength=len(names)).tolist(), strict=True))
 
 
-def track(settings: ProbeSettings, task: Segmentation, figures: dict[str, Any], version: Registered | None) -> dict[str, Any]:
+def track(
+    settings: ProbeSettings, task: Segmentation, figures: dict[str, Any], version: Registered | None, verdict: Verdict | None
+) -> dict[str, Any]:
     """Tell the tracker; where it was told."""
     out, store = settings.out, task.store
     config = public(settings, store.kind) | {"store_digest": store.digest}
     with Tracker(settings.tracking, out).run(out.name, recall(out, RUN).get("run_id"), config, {"source": "pipelines/probe.py"}) as tracker:
         write_json(out / RUN, {"run_id": tracker.run_id})
-        tracker.dataset(store.kind, store.digest, "probing", {"tiles": str(len(store)), "classes": ",".join(task.names)})
+        facts = {"tiles": str(len(store)), "classes": ",".join(task.names), "split_digest": split_digest(store.index)}
+        tracker.dataset(store.kind, store.digest, "probing", facts)
+        tracker.tags({} if verdict is None else {"seen_patients": verdict.words})
         values = {
             f"held_out/{arm}/{probe}/{name}": value
             for arm, probes in figures["held_out"].items()

@@ -133,7 +133,7 @@ def recorded(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
         settings: Of a verb.
         kind: Of the files that it reads; None where it is not known, which counts as patients.
     """
-    plain = to_plain(settings)
+    plain = _without_split_file(to_plain(settings))
     if kind is not None and not of_patients(kind):
         return {name: value for name, value in plain.items() if name != "crosswalk"}
     kept = {name: value for name, value in plain.items() if name not in SOURCES}
@@ -145,6 +145,14 @@ def recorded(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
 def public(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
     """What of `recorded` may be told to a tracker: no path of the user's, since a folder can be named after a patient."""
     return {name: value for name, value in recorded(settings, kind).items() if name not in PATHS}
+
+
+def _without_split_file(plain: dict[str, Any]) -> dict[str, Any]:
+    """Settings without where a frozen split lies; what it says is told by its digest."""
+    prepare = plain.get("prepare")
+    if not isinstance(prepare, Mapping) or "split" not in prepare:
+        return plain
+    return {**plain, "prepare": {**prepare, "split": {**prepare["split"], "file": None}}}
 
 
 def without_patterns(reader: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,17 +16,20 @@ from mae_core.settings import Settings
 from mae_core.shards import StoreError
 from modalities.scene import SceneError
 from pipelines.command_line import run
+from pipelines.frozen_split import DrawSettings
 from pipelines.progress import console, counting
 from pipelines.run_folder import RunError
+from pipelines.tiling_plan import PreparationError
 
 SUBJECTS = {
     "info": "what a store holds, from its metadata; --json prints it for scripts",
     "verify": "whether a store is whole: every file, every tile's chunk, all that is wrong by array and tiles; exit code 1 if anything is",
     "export": "tiles as GeoTIFF or NIfTI at their place, with their quality and labels beside",
     "merge": "several stores as one: a folder that names them, with nothing copied; takes several stores",
+    "split": "which groups are on which side, frozen in a file that prepare.split.file takes: as in the store, or drawn anew",
     "sheet": "one page on a store as a picture: tiles, histograms, where they lie, what was thrown away",
 }
-EXPECTED = (StoreError, SceneError, RunError)
+EXPECTED = (StoreError, SceneError, RunError, PreparationError)
 
 
 def _several(value: Any) -> Any:
@@ -66,6 +69,13 @@ class MergeSettings(Settings):
 
     stores: tuple[Path, ...] = Field(min_length=2, description="Folders of the stores; also the first words after the subject")
     out: Path = Field(description="Folder of the view, new or empty")
+
+
+class SplitVerbSettings(StoreSettings):
+    """Settings of `store split`."""
+
+    out: Path = Field(description="File to write; ends in .json, and is not overwritten")
+    draw: DrawSettings | None = Field(None, description="Draws sides anew (default: as the store is divided)")
 
 
 class SheetSettings(StoreSettings):
@@ -139,6 +149,20 @@ def check_merge(settings: MergeSettings) -> list[str]:
     except StoreError as error:
         return [str(error)]
     return []
+
+
+def freeze_split(settings: SplitVerbSettings) -> int:
+    """Write the frozen split of a store's groups."""
+    from mae_core.store import TileStore
+    from pipelines.frozen_split import frozen_from, write_split
+
+    if settings.out.suffix != ".json":
+        raise RunError("--out must end in .json")
+    split = frozen_from(TileStore.open(settings.store, verify="sizes"), settings.draw)
+    write_split(settings.out, split)
+    sides = ", ".join(f"{count} {side}" for side, count in split.counts().items())
+    console.print(f"{settings.out}: {len(split.groups)} groups ({sides}), digest {split.digest[:12]}", markup=False)
+    return 0
 
 
 def sheet(settings: SheetSettings) -> int:
@@ -223,6 +247,8 @@ def subject(name: str) -> Callable[[Sequence[str]], int]:
                 return run("store", ExportSettings, export, check=check, description=about, expected=EXPECTED, argv=argv)
             case "merge":
                 return run("store", MergeSettings, merge, check=check_merge, description=about, expected=EXPECTED, argv=argv)
+            case "split":
+                return run("store", SplitVerbSettings, freeze_split, check=check, description=about, expected=EXPECTED, argv=argv)
             case "sheet":
                 return run("store", SheetSettings, sheet, check=check, description=about, expected=EXPECTED, argv=argv)
         raise ValueError(f"{name} is no subject; subjects are {', '.join(SUBJECTS)}")

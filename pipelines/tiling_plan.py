@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise, product
 from math import lcm, prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mae_core.settings import Settings
 from modalities.grid import Grid, Window
@@ -48,6 +49,18 @@ class SplitSettings(Settings):
         "scenes' names",
     )
     seed: int = Field(0, description="Draws which groups are held out")
+    hold_out_first: tuple[str, ...] = Field((), description="Groups, by pseudonym or name, that are held out before all others are drawn")
+    never_hold_out: tuple[str, ...] = Field((), description="Groups that are held out only where there are no others")
+    file: Path | None = Field(
+        None, description="A frozen split, made by `store split`: which groups are on which side; nothing is drawn then (unit=scene only)"
+    )
+    unknown: Literal["refuse", "train"] = Field("refuse", description="What becomes of groups that the frozen split does not know")
+
+    @model_validator(mode="after")
+    def _frozen_alone(self) -> Self:
+        if self.file is not None and (self.unit != "scene" or self.regions or self.hold_out_first or self.never_hold_out):
+            raise ValueError("file says the side of whole groups: leave out unit, regions, hold_out_first and never_hold_out")
+        return self
 
     @field_validator("regions")
     @classmethod
@@ -67,8 +80,8 @@ class SplitSettings(Settings):
 
     def document(self) -> dict[str, Any]:
         """The settings for a plan; what came later is left out at its default, so that stores from before it can still grow."""
-        later = {"block_km", "buffer_m", "regions"}
-        found = self.model_dump(mode="json")
+        later = {"block_km", "buffer_m", "regions", "hold_out_first", "never_hold_out", "unknown"}
+        found = self.model_dump(mode="json", exclude={"file"})  # a path is nobody's business; what it holds is told by its digest
         return {key: value for key, value in found.items() if key not in later or value != type(self).model_fields[key].default}
 
 
@@ -197,7 +210,8 @@ def held_out_groups(sizes: dict[str, int], settings: SplitSettings) -> frozenset
     """The groups that are held out, given the number of tiles of each.
 
     Groups are ordered by a hash of seed and name and taken from the front until `val_fraction` of the tiles is held out; at least
-    one is taken and at least one is left to train on. A group's place in the order does not depend on the others.
+    one is taken and at least one is left to train on. A group's place in the order does not depend on the others, but for those that
+    the settings hold out first or never; where there are no others than those, they are drawn as usual.
 
     Raises:
         PreparationError: There is only one group.
@@ -214,10 +228,22 @@ def held_out_groups(sizes: dict[str, int], settings: SplitSettings) -> frozenset
         raise PreparationError(
             f"all tiles are of one group ({', '.join(sizes) or 'none'}), so none can be held out: {todo}, or val_fraction=0"
         )
-    order = group_order(sizes, settings.seed)
+    order = drawing_order(sizes, settings)
     wanted = settings.val_fraction * sum(sizes.values())
     before = accumulate((sizes[group] for group in order), initial=0)
-    return frozenset(group for group, held in zip(order[:-1], before, strict=False) if held == 0 or held < wanted)
+    most = order if len(order) < len(sizes) else order[:-1]
+    return frozenset(group for group, held in zip(most, before, strict=False) if held == 0 or held < wanted)
+
+
+def drawing_order(groups: Collection[str], settings: SplitSettings) -> list[str]:
+    """Groups that may be held out, in the order in which they are: those that go first, then the others, without those that never do.
+
+    Where nothing but groups that never do is left, these.
+    """
+    first, never = set(settings.hold_out_first), set(settings.never_hold_out) - set(settings.hold_out_first)
+    order = group_order(groups, settings.seed)
+    free = [group for group in order if group in first] + [group for group in order if group not in first | never]
+    return free or order
 
 
 def group_order(groups: Iterable[str], seed: int) -> list[str]:
