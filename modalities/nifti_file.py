@@ -125,7 +125,7 @@ def read_stored(path: Path, header: VolumeHeader, volumes: Sequence[int] = (0,))
             raise SceneError(
                 f"truncated: the header states {header.data_offset + wanted} bytes, the file has {size}; copy it again", "truncated"
             )
-        values = _mean(_volume(stream, header, volumes[0]), stream, header, volumes[1:])
+        values = _mean(stream, header, volumes)
         _skip(stream, header, wanted)
         trailing = stream.read(MAX_TRAILING_BYTES + 1)
     if len(trailing) > MAX_TRAILING_BYTES:
@@ -135,17 +135,15 @@ def read_stored(path: Path, header: VolumeHeader, volumes: Sequence[int] = (0,))
         return values.astype(np.float32 if wide else values.dtype.newbyteorder("="))
 
 
-def _mean(
-    first: NDArray[np.generic], stream: IO[bytes] | gzip.GzipFile, header: VolumeHeader, others: Sequence[int]
-) -> NDArray[np.generic]:
-    """`first`, or where there are others, the mean of all."""
-    if not others:
-        return first
-    total = first.astype(np.float64)
+def _mean(stream: IO[bytes] | gzip.GzipFile, header: VolumeHeader, volumes: Sequence[int]) -> NDArray[np.generic]:
+    """The volumes' mean in double precision, or the only one as it is."""
+    if len(volumes) == 1:
+        return _volume(stream, header, volumes[0])
+    total = np.zeros(header.space, np.float64, order="F")
     with np.errstate(invalid="ignore", over="ignore"):
-        for number in others:
-            total += _volume(stream, header, number).astype(np.float64)
-        total /= 1 + len(others)
+        for number in volumes:
+            np.add(total, _volume(stream, header, number), out=total)
+    total /= len(volumes)
     return total
 
 

@@ -208,7 +208,7 @@ class VolumeScene:
         """See `Scene.read`."""
         with about(self.name):
             part = inside(window, self.grid.space)
-            values, quality = _VOLUMES.get((*_stamps(self.files), self.name, self.header, self.respacing, self.readings), self._load)
+            values, quality = _VOLUMES.get((*_stamps(self.files), self.sources, self.respacing, self.readings), self._load)
             return values[(slice(None), *part)].copy(), quality[part].copy()
 
     def open_labels(self, path: Path) -> VolumeLabels:
