@@ -41,7 +41,13 @@ class PrepareSettings(Settings):
     max_cloud_fraction: float = Field(
         1.0, ge=0, le=1, description="Tiles with a larger share of voxels under a cloud, its shadow or its border are thrown away"
     )
-    max_rejected_fraction: float = Field(0.2, ge=0, le=1, description="Share of unreadable scenes above which the store is not finished")
+    max_rejected_fraction: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of scenes that cannot be read above which the store is not finished, and of damaged files of scans above which "
+        "it is not begun",
+    )
     mix_levels: bool = Field(False, description="Whether one channel may come in several processing levels, such as B02 of L1C and of L2A")
     split: SplitSettings = SplitSettings()
     num_workers: int = Field(

@@ -373,7 +373,8 @@ def _of_files(look: Callable[[Scene], T], scene: Scene) -> T:
     try:
         return look(scene)
     except OSError as error:
-        raise PreparationError(f"scene {scene.name}: a file cannot be read any more: {error}") from error
+        said = error.strerror or type(error).__name__  # all of it names the file, and a scan's may name a person
+        raise PreparationError(f"scene {scene.name}: a file cannot be read any more: {said}") from None
 
 
 def _label_digest(scene: Scene, labels: LabelMap, tile: tuple[int, ...]) -> str:

@@ -16,6 +16,8 @@ from mae_core.store_folder import read_histogram
 from mae_core.store_writer import finish, merge_moments, wait_with
 from modalities.ground import centres, footprints
 from modalities.quality import NO_VALUE, Quality
+from modalities.reasons import REASONS
+from modalities.scene import Rejected
 from pipelines.channel_conflicts import levels_of
 from pipelines.frozen_split import digest_of_sides
 from pipelines.ground_check import refuse_shared_ground
@@ -99,6 +101,35 @@ def refuse_failed(plan: PreparationPlan, failed: Mapping[str, str], max_rejected
         raise PreparationError(
             f"{len(failed)} of {len(plan.scenes)} scenes cannot be read, more than prepare.max_rejected_fraction "
             f"{max_rejected_fraction} allows; the store is not finished. Mend or leave out these and run again:{lines}"
+        )
+
+
+def refuse_damaged(rejected: Sequence[Rejected], num_used: int, max_rejected_fraction: float) -> None:
+    """Stops when too many files of an archive of scans are damaged, before anything is written.
+
+    What a scan may be without being broken is not counted: a label map, a localiser, a repeat, another modality.
+
+    Args:
+        rejected: Files that cannot be used.
+        num_used: Files that are used.
+        max_rejected_fraction: Share of both that may be damaged.
+
+    Raises:
+        PreparationError: There are more.
+    """
+    damaged = [item for item in rejected if item.code in REASONS and REASONS[item.code].is_damage]
+    counts = Counter[str]()
+    for item in damaged:
+        counts[item.code] += item.num_files
+    if counts.total() > max_rejected_fraction * (counts.total() + num_used):
+        first = {item.code: item.file for item in reversed(damaged)}
+        lines = "".join(
+            f"\n  {count} {code} (the first is {first[code]}): {REASONS[code].meaning}; {REASONS[code].remedy}"
+            for code, count in counts.most_common(10)
+        )
+        raise PreparationError(
+            f"{counts.total()} of {counts.total() + num_used} files are damaged, more than prepare.max_rejected_fraction "
+            f"{max_rejected_fraction} allows; nothing was written. Mend or exclude them, or raise it:{lines}"
         )
 
 

@@ -25,6 +25,7 @@ from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_cro
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
 from pipelines.preparation_extension import listed
 from pipelines.preparation_forecast import Forecast
+from pipelines.preparation_report import refuse_damaged
 from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public, recorded, without_patterns
@@ -112,6 +113,7 @@ def prepare_store(
     `more` is what the store tells beside what all stores do.
     """
     tell_catalogue(catalogue)
+    refuse_damaged(catalogue.rejected, catalogue.num_used, settings.max_rejected_fraction)
     attributes = store_attributes(reader, len(settings.tile)) | dict(more or {})
     with counting("preparing", "tiles") as progress:
 
@@ -198,7 +200,7 @@ def work(settings: PrepareVerb) -> int:
     facts = {
         "figures": {"tiles": {**counts, "discarded": dict(report.discarded)}, "bytes": report.num_bytes, "seconds": report.seconds},
         "files": {"found": catalogue.num_files, "used": catalogue.num_used, "ignored": len(catalogue.ignored)},
-        "rejected": [{"file": item.file, "reason": item.reason} for item in catalogue.rejected],
+        "rejected": [{"file": item.file, "reason": item.reason, "code": item.code} for item in catalogue.rejected],
         "digests": {"store": report.digest},
         "mlflow": {"uri": redacted(tracker.uri), "run_id": tracker.run_id},
     }
