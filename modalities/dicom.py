@@ -103,9 +103,9 @@ class DicomSource:
         for pixels in self.pixels:
             refuse_changed(pixels)
 
-    def write_like(self, path: Path, values: NDArray[np.uint8]) -> None:
+    def write_like(self, path: Path, values: NDArray[np.generic], slope: float = 1.0) -> None:
         """See `VolumeSource.write_like`: NIfTI in the order (column, row, slice), in millimetres, sform and qform code 1."""
-        write_on(self.header, path, values)
+        write_on(self.header, path, values, slope)
 
     def _scaled(self, frame: NDArray[np.generic], part: Slice) -> NDArray[Any]:
         if np.dtype(self.header.dtype).kind != "f":

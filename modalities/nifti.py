@@ -70,9 +70,9 @@ class NiftiSource:
         if read_header(self.path) != self.header:
             raise SceneError("its header has changed since it was scanned; scan again", "changed")
 
-    def write_like(self, path: Path, values: NDArray[np.uint8]) -> None:
+    def write_like(self, path: Path, values: NDArray[np.generic], slope: float = 1.0) -> None:
         """See `VolumeSource.write_like`: the affine, codes, units and NIfTI version of the file; the same labels give the same bytes."""
-        write_like(self.path, path, values)
+        write_like(self.path, path, values, slope)
 
 
 def find_nifti(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> tuple[list[Found], list[Refused]]:

@@ -31,6 +31,8 @@ MAX_DISAGREEMENT_MM = 1.0
 """A volume whose sform and qform put a corner further apart is flagged; the sform is used."""
 MAX_PIXDIM_FRACTION = 0.01
 """A volume whose sform and pixdim have voxel sizes that differ by more than this share is flagged."""
+LABEL_INTENT = 1002
+"""What the numbers of a file are: NIFTI_INTENT_LABEL."""
 MAX_TRAILING_BYTES = 1 << 20
 MAX_GZIP_GAIN = 1032
 """Bytes that come out of one byte of gzip at most (zlib, technical details)."""
@@ -169,33 +171,36 @@ def _short(num_bytes: int, wanted: int) -> SceneError:
     return SceneError(f"truncated: {num_bytes} of {wanted} bytes of voxels; copy it again", "truncated")
 
 
-def write_like(source: Path, path: Path, values: NDArray[np.uint8]) -> None:
-    """Writes `values` to `path` as .nii.gz with the geometry of the file `source`, whole or not at all; the same input, the same bytes."""
+def write_like(source: Path, path: Path, values: NDArray[np.generic], slope: float = 1.0) -> None:
+    """Writes `values` to `path` as .nii.gz with the geometry of the file `source`, whole or not at all; the same input, the same bytes.
+
+    Bytes on three axes are class numbers and say so (intent code 1002, label); a fourth axis holds a volume for each class.
+    """
     like = _unpack_header(source)
     header = type(like)()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(values.shape)
     for key in _GEOMETRY:
         header[key] = like[key]
     header["pixdim"][:4] = like["pixdim"][:4]
     if not _is_size(like["pixdim"][1:4]):
         header["pixdim"][:4] = [1.0, *np.linalg.norm(like.get_sform()[:3, :3], axis=0)]
-    _write(header, path, values)
+    _write(header, path, values, slope)
 
 
-def write_on(lattice: VolumeHeader, path: Path, values: NDArray[np.uint8]) -> None:
+def write_on(lattice: VolumeHeader, path: Path, values: NDArray[np.generic], slope: float = 1.0) -> None:
     """Writes `values` to `path` as .nii.gz on a lattice that came from no NIfTI file: in mm, sform and qform code 1 (scanner)."""
     header = nib.Nifti1Header()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(values.shape)
+    header.set_data_shape(values.shape)  # before the qform, whose voxel sizes it would take back
     header.set_xyzt_units("mm")
     header.set_sform(lattice.grid.matrix, code=1)
     header.set_qform(lattice.grid.matrix, code=1)
-    _write(header, path, values)
+    _write(header, path, values, slope)
 
 
-def _write(header: Any, path: Path, values: NDArray[np.uint8]) -> None:
-    for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", 1), ("scl_inter", 0)):
+def _write(header: Any, path: Path, values: NDArray[np.generic], slope: float) -> None:
+    header.set_data_dtype(values.dtype)
+    header.set_data_shape(values.shape)
+    intent = LABEL_INTENT if values.dtype == np.uint8 and values.ndim == 3 else 0
+    for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", slope), ("scl_inter", 0), ("intent_code", intent)):
         header[key] = value
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -52,8 +52,8 @@ class VolumeSource(Protocol):
         """Stops where the files say something else than when they were scanned."""
         ...
 
-    def write_like(self, path: Path, values: NDArray[np.uint8]) -> None:
-        """Writes `values`, in the order of `header.space`, as NIfTI on the scan's lattice, whole or not at all."""
+    def write_like(self, path: Path, values: NDArray[np.generic], slope: float = 1.0) -> None:
+        """Writes `values`, in the order of `header.space` or with an axis more, as NIfTI on the scan's lattice, whole or not at all."""
         ...
 
 
@@ -234,6 +234,16 @@ class VolumeScene:
         Every source voxel lies between voxels of the scene, so none has to be filled.
         """
         return self.header.from_canonical(self.respacing.nearest_back(labels)).astype(np.uint8, copy=False)
+
+    def write_probabilities(self, path: Path, parts: NDArray[np.float32 | np.uint8], slope: float = 1.0) -> None:
+        """Write `(class, *space)` of this scene's grid as NIfTI of four axes on the lattice of the first source, the class last.
+
+        Each source voxel has the numbers of the voxel that it has its label from, so the most probable class is the label.
+        """
+        native = [self.header.from_canonical(self.respacing.nearest_back(part)) for part in parts]
+        with about(self.name):
+            self.sources[0].refuse_changed()
+        self.sources[0].write_like(path, np.stack(native, axis=-1), slope)
 
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
         """See `Scene.write_labels`: uint8 in the source's axis order, with its geometry."""

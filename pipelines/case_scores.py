@@ -54,8 +54,8 @@ class Row:
     scores: CaseScores
 
 
-Look = Callable[[Case, NDArray[np.int64], NDArray[np.int64]], None]
-"""Is shown a case with the class numbers predicted and those of the reference, in the order of the file."""
+Look = Callable[[VolumeScene, NDArray[np.int64], NDArray[np.int64]], None]
+"""Is shown a scan with the class numbers predicted and those of the reference, in the order of the file."""
 
 
 def held_out_cases(scenes: Iterable[str], pairs: Sequence[tuple[Scene, LabelMap]]) -> list[Case]:
@@ -105,7 +105,7 @@ class Judge:
             for place, (value, _) in enumerate(judged):
                 found[number, place] = torch.tensor([getattr(scores[value], name) for name in NAMES], dtype=torch.float64)
             if look is not None:
-                look(case, predicted, reference)
+                look(case.scene, predicted, reference)
         every = self.parallel.sum(found.to(self.parallel.device)).cpu()
         return [
             Row(case.scene.name, case.scene.group, value, name, CaseScores(*every[number, place].tolist()))

@@ -44,6 +44,7 @@ from pipelines.contamination import SeenSettings, TrainingData, Verdict, files_o
 from pipelines.crosswalk_option import CrosswalkPath
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
+from pipelines.label_volume import write_sheet
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
@@ -79,6 +80,7 @@ class FinetuneSettings(SeenSettings):
     layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that a ViT's last block is passed by in training; less in earlier ones")
     cases: CaseSettings = CaseSettings()
+    sheets: bool = Field(False, description="Write a picture of every held-out scan with both outlines; it shows a patient")
     head: HeadSettings = HeadSettings()
     prepare: PrepareSettings = PrepareSettings()
     augment: AugmentSettings = AugmentSettings()
@@ -291,7 +293,8 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
             train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
         about = segmenter_description(job, arm, child.run_id if child is not None else "")
-        rows = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel).rows(model, job.cases)
+        judge = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel)
+        rows = judge.rows(model, job.cases, partial(write_sheet, about, folder / "sheets") if settings.sheets else None)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
             save_model(folder / "model", model, about, training_files(job, arm))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,63 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mae_core.bands import BandSettings, Matching
 from mae_core.context import Context, days_and_years
-from mae_core.labelling import Band, Labeller, Source
+from mae_core.labelling import Band, Source
 from mae_core.loader import METRES, UNMEASURED
 from mae_core.settings import to_plain
 from modalities.cog import BLOCK, DIGEST_TAG, Layout, OnMap, RasterBand, RasterWriter, count_values, made_from
 from modalities.ground import centres, metres_apart
 from modalities.scene import Scene, fingerprint
+from modalities.volume import VolumeScene
 from pipelines.bands import scene_matching
-
-STEPS = 250
-"""Probabilities in bytes are in parts of this; 255 says that there is none."""
-
-Stored = Literal["none", "uint8", "float32"]
-"""How probabilities are written."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all scenes of a call have in common.
-
-    Attributes:
-        labeller: Labels them.
-        weights: Digest of the model's weights.
-        model: Its registered version or the name of its run.
-        bands: How the channels of a scene are found among the model's.
-        probabilities: How they are written beside the labels.
-        compress: Of rasters.
-        memory_bytes: For the rows that are at work; wider scenes are labelled in strips of columns.
-        software: Name and version of this program.
-    """
-
-    labeller: Labeller
-    weights: str
-    model: str
-    bands: BandSettings
-    probabilities: Stored
-    compress: Literal["deflate", "zstd"]
-    memory_bytes: int
-    software: str
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """What became of a scene.
-
-    Attributes:
-        counts: Voxels by class name.
-        rows: Rows that were there already, by an earlier call with the same model, data and settings.
-        is_kept: Whether all of it was.
-        matching: Which of its channels was fed as which.
-    """
-
-    counts: dict[str, int]
-    matching: Matching
-    rows: int = 0
-    is_kept: bool = False
+from pipelines.label_job import STEPS, Job, Labelled, Stored
+from pipelines.label_volume import label_volume
 
 
 def source_of(scene: Scene, names: Sequence[str]) -> Source:
@@ -117,6 +70,8 @@ def label_scene(job: Job, scene: Scene, place: Path, progress: Callable[[int], N
         rows, is_kept = _label_raster(job, scene, source, place, progress)
         found = count_values(place)
         return Labelled({known.get(value, "no value"): number for value, number in found.items()}, matching, rows, is_kept)
+    if isinstance(scene, VolumeScene):
+        return label_volume(job, scene, source, matching, place, progress)
     labels = np.empty(source.space, np.uint8)
     for band in job.labeller.bands(source, slice(0, source.space[-1])):
         labels[band.window] = band.labels
@@ -127,7 +82,7 @@ def label_scene(job: Job, scene: Scene, place: Path, progress: Callable[[int], N
 
 
 def beside(place: Path) -> Path:
-    """Where the probabilities go that belong to a label file."""
+    """Where the probabilities go that belong to a label raster."""
     return place.with_name(place.stem.removesuffix("_labels") + "_probabilities.tif")
 
 

@@ -28,7 +28,8 @@ from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.bands import PredictBandSettings, scene_matching, tell_bands
 from pipelines.command_line import run
 from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
-from pipelines.label_scene import Job, Labelled, Stored, beside, label_scene
+from pipelines.label_job import Job, Labelled, Stored
+from pipelines.label_scene import beside, label_scene
 from pipelines.prepare import VOLUMES, tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of, recorded
@@ -49,8 +50,9 @@ class PredictSettings(Settings):
     out: Path = Field(description="Label file to write where data is one file, else a folder")
     overlap: float = Field(0.5, ge=0, lt=1, description="Least overlap of neighbouring crops")
     probabilities: Stored = Field(
-        "none", description="Also write a raster with a band per class: none, uint8 (in parts of 250, with a scale tag) or float32"
+        "none", description="Also write a raster or volume with a band per class: none, uint8 (in parts of 250, with its scale) or float32"
     )
+    sheets: bool = Field(False, description="Also write a picture of every scan to check its labels by eye; it shows a patient")
     compress: Literal["deflate", "zstd"] = Field("deflate", description="Of rasters; zstd is faster, old readers do not know it")
     bands: PredictBandSettings = PredictBandSettings()
     batch_size: int = Field(0, ge=0, description="Crops that are predicted at once; 0: as many as hold a quarter of a million voxels")
@@ -91,7 +93,8 @@ def work(settings: PredictSettings) -> int:
         bands = settings.bands.for_model(about)
         if bands.match not in (settings.bands.match, "name"):
             console.print(f"channels are matched by {bands.match}, as in the model's fine-tuning; bands.match=name: by their names alone")
-        job = Job(labeller, sha256(folder / WEIGHTS), name, bands, settings.probabilities, settings.compress, memory, program)
+        how = (settings.probabilities, settings.compress, memory, program, settings.sheets)
+        job = Job(labeller, sha256(folder / WEIGHTS), name, bands, *how)
         done, failed, seconds = label_all(job, places)
         tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)
         if registered is not None:

@@ -16,15 +16,15 @@ import torch
 from mae_core.bands import BandSettings
 from mae_core.case_metrics import NAMES, CaseScores, CaseSettings, judge_case
 from mae_core.export import Description
-from mae_core.heads import HeadSettings, Segmenter
+from mae_core.heads import Segmenter
 from mae_core.labelling import Labeller
-from mae_core.vit import Encoder, EncoderSettings
 from modalities.catalogue import scan
 from modalities.labels import WithoutSome, match_labels
 from modalities.medical import MriSettings
 from pipelines.case_report import MEAN, by_case, fewest_patients, summary, tell_cases, verdict
 from pipelines.case_scores import COLUMNS, Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.label_scene import source_of
+from tests.synthetic_segmenter import random_segmenter
 from tests.synthetic_volumes import OBLIQUE, save_volume
 from tests.tiny_runs import ALONE, quick, wide
 
@@ -59,26 +59,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Case], Segment
     labelling = match_labels(scan(folder / "images", reader), folder / "labels", None, (9,))
     assert all(isinstance(found, WithoutSome) for _, found in labelling.pairs)
     cases = held_out_cases([scene.name for scene, _ in labelling.pairs], labelling.pairs)
-    encoder = EncoderSettings(preset="nano", patch=(4, 4, 4), mlp_ratio=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = Segmenter(Encoder(encoder, ("MR",)), HeadSettings(features=4), 3).eval()
-    about = Description(
-        kind="segmenter",
-        modality="mri",
-        channels=("MR",),
-        mean=(0.0,),
-        std=(1.0,),
-        no_value=63,
-        crop=(8, 8, 8),
-        spacing=(2.0, 2.0, 2.0),
-        spacing_unit="mm",
-        encoder=encoder,
-        head=HeadSettings(features=4),
-        classes=((0, "rest"), (7, "edema"), (300, "core")),
-        reader=reader.model_dump(mode="json"),
-        lineage={},
-    )
+    model, about = random_segmenter(((0, "rest"), (7, "edema"), (300, "core")), reader)
     return cases, model, about, folder
 
 
@@ -109,7 +90,7 @@ def test_two_processes_judge_every_case_once(world: tuple[list[Case], Segmenter,
     parts = []
     for rank in range(2):
         judge = replace(alone, parallel=_Half(rank, 2, torch.device("cpu")))
-        parts.append(judge.rows(model, cases, lambda case, predicted, reference: seen.append(case.scene.name)))
+        parts.append(judge.rows(model, cases, lambda scene, predicted, reference: seen.append(scene.name)))
     assert seen == [case.scene.name for case in cases]
     whole = alone.rows(model, cases)
     for one, other, both in zip(*parts, whole, strict=True):
