@@ -22,7 +22,7 @@ from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
 from modalities.stac import files_of
-from modalities.volume_scan import scan_volumes
+from modalities.volume_scan import Progress, scan_volumes
 from modalities.xray_scan import scan_xrays
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
@@ -72,10 +72,23 @@ class Catalogue:
         return len({file for scene in self.scenes for file in scene.files})
 
 
-def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) -> Catalogue:
+def scan(
+    root: Path,
+    settings: ImageSettings | VolumeSettings | XraySettings,
+    *,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+    need_usable: bool = True,
+) -> Catalogue:
     """Catalogue of a folder (searched to its depth) or of a single file.
 
     A product's metadata file stands for the product, and a STAC item for itself and the files that it leads to.
+
+    Args:
+        root: The folder or file.
+        settings: How it is read.
+        num_workers, progress: As of `scan_volumes`, for scans.
+        need_usable: Whether a folder without any usable file is an error.
 
     Raises:
         SceneError: `root` does not exist, or holds no usable file; the message counts the reasons.
@@ -98,7 +111,7 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
     names: Mapping[str, str] = {}
     readers: Mapping[str, str] = {}
     if isinstance(settings, VolumeSettings):
-        volumes = scan_volumes(kept, folder, settings)
+        volumes = scan_volumes(kept, folder, settings, num_workers=num_workers, progress=progress)
         ignored += volumes.ignored
         scenes, rejected, notes, rows, names = volumes.scenes, volumes.rejected, volumes.notes, volumes.rows, volumes.names
     elif isinstance(settings, XraySettings):
@@ -130,7 +143,7 @@ def scan(root: Path, settings: ImageSettings | VolumeSettings | XraySettings) ->
         names,
         settings.kind,
     )
-    _check(catalogue)
+    _check(catalogue, need_usable)
     return catalogue
 
 
@@ -161,11 +174,11 @@ def every_file(root: Path) -> list[Path]:
     return sorted(file for file in root.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
-def _check(catalogue: Catalogue) -> None:
+def _check(catalogue: Catalogue, need_usable: bool) -> None:
     total = catalogue.num_used + sum(item.num_files for item in catalogue.rejected) + len(catalogue.ignored)
     if total != catalogue.num_files:
         raise AssertionError(f"the catalogue of {catalogue.label} lost files: {total} accounted of {catalogue.num_files}")
-    if not catalogue.scenes:
+    if need_usable and not catalogue.scenes:
         counts = Counter(item.reason for item in catalogue.rejected).most_common()
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}
         lines = "".join(f"\n  {first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}" for reason, count in counts[:10])

@@ -24,7 +24,7 @@ from modalities.nifti_file import VolumeHeader, write_on
 from modalities.scene import SceneError
 from modalities.volume import Found, Refused, reasons
 
-WANTED = {"mri": ("MR",), "ct": ("CT",)}
+WANTED = {"mri": ("MR",), "ct": ("CT",), "medical": ("MR", "CT")}
 """Modalities that each kind of settings asks for."""
 
 

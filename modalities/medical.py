@@ -46,6 +46,10 @@ class VolumeSettings(ScanSettings):
 
     Attributes:
         spacing_mm: Spacing of the scenes along the axes that lie closest to R, A and S; None keeps each file's own.
+        patient_scope: Where a patient's label in a BIDS tree is unique, whose file names say it themselves: in its dataset, as BIDS has
+            it, so that `sub-01` of two datasets are two patients; or in the whole archive, where labels are a hospital's. Outside of
+            BIDS datasets it always is the archive.
+        derivatives: Also read scans in `derivatives` of a BIDS dataset, which were computed from its others.
         min_planes: Fewest voxels on an axis of a usable volume.
         min_field_mm: Least extent of a usable volume along an axis.
         policies: What is done with volumes that are doubtful and could be used all the same.
@@ -75,6 +79,8 @@ class VolumeSettings(ScanSettings):
     """
 
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
+    patient_scope: Literal["dataset", "archive"] = "dataset"
+    derivatives: bool = False
     min_planes: int = Field(default=5, ge=1)
     min_field_mm: float = Field(default=5.0, ge=0)
     policies: VolumePolicies = VolumePolicies()
@@ -162,3 +168,9 @@ class XraySettings(ScanSettings):
         if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
             raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
         return value
+
+
+class MedicalSettings(VolumeSettings):
+    """How a mixed archive is read to be catalogued: every scan with the default intensities of its own modality."""
+
+    kind: Literal["medical"] = "medical"

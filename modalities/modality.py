@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from modalities.medical import CtSettings, MriSettings, VolumeSettings
+from modalities.medical import CtSettings, MedicalSettings, MriSettings, VolumeSettings
 from modalities.scene import SceneError
 from modalities.volume import Found
 from modalities.volume_checks import Volume
@@ -25,6 +25,19 @@ def refuse_other(found: Found, settings: VolumeSettings) -> None:
     wanted = "CT" if isinstance(settings, CtSettings) else "MR"
     if found.modality and found.modality != wanted:
         raise SceneError(f"it is {found.modality}, and the reader wants {wanted}", "other_modality")
+
+
+def settings_for(found: Found, settings: VolumeSettings) -> VolumeSettings:
+    """The settings that a scan is read with: those that were given, or of a mixed archive those of its modality; MRI where nobody says.
+
+    Raises:
+        SceneError: It is of a modality that they do not read.
+    """
+    if isinstance(settings, MedicalSettings):
+        own = CtSettings if found.modality == "CT" else MriSettings
+        settings = own(**settings.model_dump(exclude={"kind"}))
+    refuse_other(found, settings)
+    return settings
 
 
 def intensity_notes(volumes: Sequence[Volume], settings: VolumeSettings) -> Iterator[str]:

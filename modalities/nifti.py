@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from modalities.bids import NUMBERS, BidsTree, Identity
 from modalities.four_d import chosen_volumes
 from modalities.medical import VolumeSettings
 from modalities.nifti_file import VolumeHeader, read_header, read_stored, write_like
+from modalities.reasons import REASONS
 from modalities.scene import SceneError, matches
 from modalities.volume import Found, Refused, reasons
 
@@ -32,6 +34,8 @@ _TOKEN = re.compile(rf"(?i)(?<![a-z0-9])({'|'.join(_SEQUENCES)})(?![a-z0-9])")
 _OTHER = re.compile(r"(?i)(?<![a-z0-9])(ct|pet)(?![a-z0-9])")
 _ENTITY = re.compile(r"(?i)(?<![a-z0-9])(space|acq|desc|from|to|ref|rec)-[a-z0-9]+")
 """BIDS entities whose value may name a sequence other than the file's."""
+
+_OTHER_CHANNELS = {"CT": "CT", "PT": "PET"}
 
 
 @dataclass(frozen=True)
@@ -75,21 +79,43 @@ class NiftiSource:
         write_like(self.path, path, values, slope)
 
 
-def find_nifti(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> tuple[list[Found], list[Refused]]:
+def find_nifti(files: Sequence[Path], folder: Path, settings: VolumeSettings, tree: BidsTree) -> tuple[list[Found], list[Refused]]:
     """The volume in every NIfTI file among `files` by its header alone, and the files whose header cannot be used."""
     found, refused = [], []
     for file in files:
         relative = file.relative_to(folder).as_posix()
-        patient = patient_of(relative, settings.group_pattern)
-        sequence = _named_sequence(relative, settings)
+        about = identity_of(file, relative, settings, tree)
+        told = (about.patient, about.session, about.sequence, about.modality)
+        if about.unused:
+            refused.append(Refused((file,), relative, REASONS[about.unused].text, about.unused, True, *told))
+            continue
         try:
             with reasons():
-                source = nifti_source(file, sequence, settings)
+                source = nifti_source(file, about.sequence, settings)
         except SceneError as error:
-            refused.append(Refused((file,), relative, str(error), error.code))
+            refused.append(Refused((file,), relative, str(error), error.code, False, *told))
             continue
-        found.append(Found(source, relative, patient, "", sequence, source.flags, modality_of(relative)))
+        flags = (*source.flags, *about.flags)
+        found.append(Found(source, relative, *told[:3], flags, about.modality, tuple(sorted(about.acquisition.items()))))
     return found, refused
+
+
+def identity_of(file: Path, relative: str, settings: VolumeSettings, tree: BidsTree) -> Identity:
+    """What settings, the path of a file and its sidecars say: by BIDS where its name is one, else by the patterns of plain folders."""
+    told = tree.identity(file)
+    if told is None:
+        fields, broken = tree.beside(file)
+        told = Identity(
+            patient=tree.patient(file, patient_of(relative, settings.group_pattern)),
+            session=tree.session(file),
+            sequence="",
+            modality=str(fields.get("Modality", "")),
+            flags=("sidecar_broken",) if broken else (),
+            acquisition={ours: fields[theirs] for theirs, ours in NUMBERS.items() if theirs in fields},
+        )
+    chosen = next((name for glob, name in settings.sequence_names.items() if matches(relative, glob)), None) or settings.sequence
+    modality = told.modality or modality_of(relative)
+    return replace(told, modality=modality, sequence=chosen or told.sequence or _OTHER_CHANNELS.get(modality) or sequence_of(relative))
 
 
 def nifti_source(file: Path, sequence: str, settings: VolumeSettings) -> NiftiSource:
@@ -126,11 +152,6 @@ def without_sequence(relative: str) -> str:
     """A path without what names a sequence in it (`T1`, `FLAIR`)."""
     parts = [_TOKEN.sub("", part).strip("_-. ") for part in relative.split("/")]
     return "/".join(part for part in parts if part)
-
-
-def _named_sequence(relative: str, settings: VolumeSettings) -> str:
-    by_glob = next((name for glob, name in settings.sequence_names.items() if matches(relative, glob)), None)
-    return by_glob or settings.sequence or sequence_of(relative)
 
 
 def sequence_of(relative: str) -> str:

@@ -77,6 +77,11 @@ class VolumeHeader:
         return Grid(self.space, self.affine, "RAS+", "mm")
 
     @property
+    def orientation(self) -> str:
+        """`LPS` where the index of the first axis grows to the left, that of the second to the back, that of the third upwards."""
+        return "".join(nib.aff2axcodes(self.grid.matrix))
+
+    @property
     def canonical(self) -> Grid:
         """The same lattice with each axis along the one of R, A and S that lies closest."""
         return _turned(self.grid, io_orientation(self.grid.matrix))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PATIENTS = ("mri", "ct", "xray")
+PATIENTS = ("mri", "ct", "xray", "medical")
 """Kinds of reader settings."""
 
 RESEARCH_USE = "For research use only; not a medical device, and not for diagnosis or treatment."

@@ -32,7 +32,8 @@ class Pseudonyms:
 
     def of(self, kind: str, *names: str) -> str:
         """`subject-1f…`: 16 hexadecimal digits behind what kind of thing it is; the parts of a name are kept apart."""
-        digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=self.key[:64], person=b"terravox")
+        key = self.key if len(self.key) <= hashlib.blake2b.MAX_KEY_SIZE else hashlib.blake2b(self.key).digest()
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key, person=b"terravox")
         for name in (kind, *names):
             text = name.encode("utf-8", "surrogateescape")  # a file's name may be in another encoding
             digest.update(len(text).to_bytes(8, "little") + text)
@@ -76,9 +77,9 @@ def pseudonyms() -> Pseudonyms:
 
 
 def _make(path: Path) -> None:
-    """Writes a new key, whole or not at all; of two processes that do so at once, one wins."""
+    """Writes a new key, whole or not at all; of two that do so at once, one wins."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(secrets.token_bytes(KEY_BYTES))
         stream.flush()

@@ -19,6 +19,12 @@ class Reason:
     remedy: str
     is_damage: bool = False
 
+    @property
+    def text(self) -> str:
+        """Both, as a message about a file says it."""
+        meaning = f"{self.meaning[0].lower()}{self.meaning[1:]}"
+        return meaning if self.remedy == "nothing" else f"{meaning}; {self.remedy}"
+
 
 _COPY = "copy the file again from where it came"
 _EXPORT = "export the series again from where it came, with all of its tags"
@@ -37,6 +43,7 @@ REASONS = {
     "bad_dim": Reason("The header states no shape that an array can have", _COPY, is_damage=True),
     "bad_orientation": Reason("The directions of rows and columns are no unit vectors at a right angle", _REPAIR, is_damage=True),
     "bad_pixdim": Reason("A voxel size in the header is zero, negative or no number", _REPAIR, is_damage=True),
+    "bidsignore": Reason("The .bidsignore of its BIDS dataset names it", "take it out of .bidsignore to read it"),
     "burned_in": Reason(
         "The header says that writing is burned into the picture, which may name a person", "exclude it, or have the writing removed"
     ),
@@ -50,6 +57,7 @@ REASONS = {
     "damaged_header": Reason("The header holds what no header of its format can", _COPY, is_damage=True),
     "damaged_picture": Reason("The PNG is damaged", _COPY, is_damage=True),
     "damaged_pixels": Reason("Compressed pixels that cannot be decoded", _COPY, is_damage=True),
+    "derivative": Reason("Computed from other scans of its BIDS dataset (derivatives)", "set reader.derivatives=true to read it"),
     "dicomdir": Reason("A DICOMDIR, which only lists other files", "nothing"),
     "duplicate": Reason(
         "The same voxels are there under another name, in whatever order, unit or format",
@@ -60,12 +68,14 @@ REASONS = {
         "export the series again, without what was added to it",
     ),
     "few_planes": Reason("An axis has fewer voxels than reader.min_planes", "set reader.min_planes, or exclude it"),
+    "fieldmap": Reason("A map of the scanner's field, by its BIDS name or folder", "nothing"),
     "five_d": Reason("More than four axes", "split the file"),
     "four_d": Reason("Several volumes in one file", "set reader.four_d for its sequence, or split the file"),
     "gantry_tilt": Reason("Slices are stacked more than a degree off their normal", "resample it to a right-angled grid"),
     "half_pair": Reason("Half of a pair of a header and an image file", "convert the pair to .nii.gz"),
     "impossible_size": Reason("The header states more voxels than the file can hold", _COPY, is_damage=True),
     "key": Reason("The key of the pseudonyms cannot be read, or others can read it", "set TERRAVOX_KEY_FILE, or chmod 600 the key"),
+    "labels": Reason("A map of labels by its BIDS name", "give it where labels are asked for"),
     "labels_elsewhere": Reason("A label file lies on another grid than its scan", "resample the labels with nearest neighbour"),
     "labels_not_whole": Reason("A label file holds values that are no class numbers", "give class numbers instead of probabilities"),
     "localizer": Reason("A localiser, made to plan other scans by", "nothing"),
@@ -91,6 +101,7 @@ REASONS = {
     "not_coregistered": Reason(
         "It lies on another lattice than most sequences of its session", "register and resample it, or set reader.other_lattice=separate"
     ),
+    "not_data": Reason("Code, stimuli or transforms of a BIDS dataset", "nothing"),
     "not_finite": Reason("Voxels hold no finite number; where the file is rejected by default, all of them", _EXCLUDE, is_damage=True),
     "not_magnitude": Reason("The phase, real or imaginary part of an MR image", "nothing"),
     "not_nifti": Reason("There is no NIfTI header at the file's beginning", _COPY, is_damage=True),
@@ -99,7 +110,9 @@ REASONS = {
     "other_modality": Reason(
         "Another modality than the reader's kind", "read it with the kind of its own (mri, ct), in a store of its own"
     ),
+    "phase": Reason("Phase, or a real or imaginary part, by its BIDS name", "nothing; the magnitude is read"),
     "pixel_layout": Reason("Bits or colours of pixels that are not supported", "convert it, or exclude it"),
+    "reference_scan": Reason("A reference scan of another series, by its BIDS name", "nothing"),
     "repeated_sequence": Reason(
         "Its session has another scan of the same sequence, which is used", "name them apart, exclude one, or set reader.repeated=separate"
     ),
@@ -109,6 +122,7 @@ REASONS = {
     "sheared": Reason("Two axes are more than a degree away from a right angle", "resample it to a right-angled grid", is_damage=True),
     "single_slice": Reason("A series of one slice", _EXCLUDE),
     "small_field": Reason("The volume is shorter than reader.min_field_mm along an axis", "set reader.min_field_mm, or exclude it"),
+    "source_data": Reason("What scans of its BIDS dataset were converted from (sourcedata)", "give its folder as data to read it"),
     "time_series": Reason(
         "Several images at every position: a time series, or directions of diffusion", "set reader.four_d for its sequence, or exclude it"
     ),

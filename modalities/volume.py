@@ -68,6 +68,7 @@ class Found:
         sequence: Channel name (`T1w`).
         flags: What is doubtful about its geometry.
         modality: `MR`, `CT`, … where the file says so; else empty.
+        acquisition: Numbers that were told of how it was measured (`echo_time_s`); for a catalogue only.
     """
 
     source: VolumeSource = field(repr=False)
@@ -77,6 +78,7 @@ class Found:
     sequence: str
     flags: tuple[str, ...] = ()
     modality: str = ""
+    acquisition: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Refused:
         place: As of `Found`.
         reason, code: In words and in one word.
         unwanted: It would be one, but another modality or sequence was asked for.
+        patient, session, sequence, modality: As of `Found`, as far as they are known.
     """
 
     files: tuple[Path, ...] = field(repr=False)
@@ -95,6 +98,10 @@ class Refused:
     reason: str
     code: str
     unwanted: bool = False
+    patient: str = field(default="", repr=False)
+    session: str = field(default="", repr=False)
+    sequence: str = ""
+    modality: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,16 @@ from modalities.voxel_digest import voxel_digest
 
 
 @dataclass(frozen=True)
+class Values:
+    """Physical values of a scan: the least and the greatest of all, mean and deviation of its foreground."""
+
+    least: float
+    greatest: float
+    mean: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class Volume:
     """A scan that was read to its end and can be used.
 
@@ -32,6 +42,7 @@ class Volume:
         num_not_finite: Voxels without a number.
         foreground_fraction: Share that is not air.
         voxel_digest: Of its values, whatever their order, unit and type in the file: see `modalities.voxel_digest`.
+        values: What it holds; for a catalogue.
     """
 
     found: Found
@@ -43,6 +54,7 @@ class Volume:
     num_not_finite: int
     foreground_fraction: float
     voxel_digest: str
+    values: Values
 
 
 def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None, anatomy: Marks | None = None) -> Volume:
@@ -93,6 +105,7 @@ def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None
         num_not_finite=volume.finite.size - num_finite,
         foreground_fraction=float(np.count_nonzero(volume.body) / volume.body.size),
         voxel_digest=voxel_digest(volume.stored, volume.finite, header.slope, header.intercept),
+        values=_values(volume, header.slope, header.intercept),
     )
 
 
@@ -132,6 +145,14 @@ def _normalised(found: Found, volume: Canonical, reading: Reading, settings: Vol
     if is_zscore:
         return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="z-score"), reading
     return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="percentile"), replace(reading, low=low, high=high)
+
+
+def _values(volume: Canonical, slope: float, intercept: float) -> Values:
+    known = volume.stored if volume.finite.all() else volume.stored[volume.finite]
+    both = [float(end) * slope + intercept for end in (known.min(), known.max())]
+    body = volume.stored[volume.body]
+    mean = float(body.mean(dtype=np.float64))
+    return Values(min(both), max(both), mean * slope + intercept, float(body.std(dtype=np.float64)) * abs(slope))
 
 
 def contradiction(volume: Canonical, header: VolumeHeader, settings: VolumeSettings) -> list[str]:

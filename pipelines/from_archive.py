@@ -8,12 +8,12 @@ from pathlib import Path
 from pydantic import Field
 
 from mae_core.store import TileStore
-from modalities.catalogue import ReaderSettings, scan
+from modalities.catalogue import ReaderSettings
 from modalities.scene import SceneError
 from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.preparation_plan import make_plan
-from pipelines.prepare import prepare_store, store_attributes
+from pipelines.prepare import prepare_store, scan_told, store_attributes
 from pipelines.pretrain import EXPECTED, PretrainRecipe, pretrain
 from pipelines.progress import console
 from pipelines.withheld import missing_paths
@@ -37,7 +37,7 @@ def pretrain_archive(recipe: ArchiveRecipe, reader: ReaderSettings, settings: Pr
     crosswalk: Path | None = getattr(recipe, "crosswalk", None)
     stores = [] if recipe.store is None else [recipe.store]
     refuse_crosswalk(crosswalk, reader.kind, recipe.out, recipe.tracking, stores)
-    catalogue = scan(recipe.data, reader)
+    catalogue = scan_told(recipe.data, reader, settings.num_workers)
     tell_crosswalk(crosswalk, catalogue, recipe.out, recipe.tracking, stores)
     plan = make_plan(catalogue.scenes, settings.tile, settings, {}, store_attributes(reader, len(settings.tile)))
     path = recipe.store or recipe.out.resolve().parent / "stores" / f"{reader.kind}-{plan.digest[:12]}"

@@ -29,6 +29,7 @@ from pipelines.preparation_report import refuse_damaged
 from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public, recorded, without_patterns
+from pipelines.scan_account import tell_scans
 from pipelines.store_facts import tell_values, value_columns
 from pipelines.withheld import missing_paths
 
@@ -127,6 +128,12 @@ def prepare_store(
     return report
 
 
+def scan_told(data: Path, reader: ReaderSettings, num_workers: int) -> Catalogue:
+    """The catalogue of a folder, with a bar while scans are read."""
+    with counting("reading", "volumes") as progress:
+        return scan(data, reader, num_workers=max(1, num_workers), progress=progress)
+
+
 def tell_catalogue(catalogue: Catalogue) -> None:
     """Print how many files are used, and the reasons of those that are not."""
     console.print(
@@ -137,7 +144,9 @@ def tell_catalogue(catalogue: Catalogue) -> None:
         tell_account(catalogue)
     for note in catalogue.notes:
         console.print(note)
-    if catalogue.rejected:
+    if catalogue.rows:
+        tell_scans(catalogue.rows)
+    elif catalogue.rejected:
         reasons = Counter(item.reason for item in catalogue.rejected)
         first = {item.reason: item.file for item in reversed(catalogue.rejected)}
         table("rejected", ("reason", "files", "first"), [(reason, str(count), first[reason]) for reason, count in reasons.most_common(12)])
@@ -185,7 +194,7 @@ def work(settings: PrepareVerb) -> int:
     from mae_core.store_sheet import sheet_to
 
     refuse_crosswalk(settings.crosswalk, settings.modality, settings.out, settings.tracking)
-    catalogue = scan(settings.data, settings.reader)
+    catalogue = scan_told(settings.data, settings.reader, settings.prepare.num_workers)
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 
 VERBS = (
+    ("catalogue", "folder of scans to a table of every volume, used or not and why, under pseudonyms"),
     ("prepare", "files to a tile store: what training reads"),
     ("store", "what a tile store holds, whether it is whole; tiles as files, one page of pictures, several stores as one"),
     ("pretrain", "tile store to a pretrained encoder"),
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case per verb
     """The `main` of a verb, imported only now, so that the others cost nothing."""
     match name:
+        case "catalogue":
+            from pipelines.catalogue import main as chosen
         case "prepare":
             from pipelines.prepare import main as chosen
         case "store":

@@ -71,7 +71,7 @@ HOMES = {
     "zarr": ["mae_core/store_writer.py", "pipelines/benchmark_ceiling.py", "pipelines/benchmark_readers.py"],
     "numcodecs": ["mae_core/chunks.py", "pipelines/benchmark_ceiling.py"],
     "fsspec": ["mae_core/store_files.py"],
-    "pyarrow": ["mae_core/store_folder.py", "mae_core/store_writer.py"],
+    "pyarrow": ["mae_core/store_folder.py", "mae_core/store_writer.py", "pipelines/catalogue.py"],
     "monai": ["mae_core/heads.py", "pipelines/benchmark_peers.py"],
     "transformers": ["pipelines/benchmark_peers.py"],
     "safetensors": ["mae_core/checkpoint.py", "mae_core/export.py", "mae_core/weights.py"],

@@ -107,7 +107,7 @@ def test_nothing_there_or_nothing_usable_is_an_error_that_counts_the_reasons(tmp
         save_volume(tmp_path / f"{number:02}.nii", np.zeros(SPACE, np.uint8))
     (tmp_path / "note.txt").write_text("text")
     counts = r"holds nothing usable as mri: 13 files found, 12 rejected, 1 of another kind, excluded or not asked for\."
-    wanted = counts + r"\n  file-[0-9a-f]{16} and 11 more: all voxels are zero\n"
+    wanted = counts + r"\n  file-[0-9a-f]{16} and 11 more: all voxels are zero$"
     with pytest.raises(SceneError, match=wanted):
         scan(tmp_path, NATIVE)
 
@@ -126,7 +126,7 @@ def test_labels_go_to_the_scene_of_the_same_name_and_scenes_without_are_told(tmp
     found = {scene.files[0].name[0]: int(labels.read(scene.grid.full).max()) for scene, labels in pairs}
     assert found == {"a": 0, "b": 1, "c": 2}
     [unlabelled] = [scene.name for scene in catalogue.scenes if scene.files[0].name == "d.nii.gz"]
-    assert [(item.file, item.reason) for item in missing] == [(unlabelled, "no label file of the same name")]
+    assert [(item.file, item.reason) for item in missing] == [(unlabelled, "no label file of the same name, session or patient")]
 
 
 def test_one_map_serves_every_raster_that_it_covers(tmp_path: Path) -> None:

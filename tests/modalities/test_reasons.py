@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import modalities
+from modalities.bids import CODES
 from modalities.policies import VolumePolicies
 from modalities.reasons import REASONS
 
@@ -39,7 +40,7 @@ Refused(f, p, "r", "b" if x else "c"); SceneError("d"); SceneError("e", code="f"
 
 def test_every_code_has_a_meaning_and_every_meaning_a_use() -> None:
     used = {code for file in SOURCES for code in given(ast.parse(file.read_text(encoding="utf-8")))}
-    assert used | set(VolumePolicies.model_fields) == set(REASONS)
+    assert used | CODES | set(VolumePolicies.model_fields) == set(REASONS)
 
 
 def test_the_table_is_in_order_and_each_line_is_short_and_says_what_to_do() -> None:

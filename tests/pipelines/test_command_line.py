@@ -424,7 +424,7 @@ def test_terravox_lists_its_verbs_and_knows_near_names(capsys: pytest.CaptureFix
     assert terravox.main(["pretrain-mri-"]) == 2
     assert capsys.readouterr().err == "terravox: unknown verb pretrain-mri-; did you mean pretrain_mri?\n"
     assert terravox.main(["xyz"]) == 2
-    assert "verbs are prepare, store, pretrain, " in capsys.readouterr().err
+    assert "verbs are catalogue, prepare, store, " in capsys.readouterr().err
     assert terravox.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("terravox ")
 
