@@ -44,9 +44,11 @@ def foreground(values: NDArray[Any], known: NDArray[np.bool_] | None = None) -> 
     if known is not None:
         dark &= known
     regions, num_regions = ndimage.label(dark)
+    del dark
     border = np.ones(values.shape, dtype=bool)
     border[tuple(slice(1, -1) for _ in values.shape)] = False
     share = np.bincount(regions[border], minlength=num_regions + 1) / np.count_nonzero(border)
+    del border
     is_air = share >= AIR_BORDER_FRACTION
     is_air[0] = False
     body = is_air[regions]

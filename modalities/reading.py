@@ -22,21 +22,21 @@ class Canonical:
     Attributes:
         stored: As stored, with 0 for what is not finite.
         finite: Where there is a number.
-        outside: Where the scanner did not look.
-        excluded: What is left out by choice.
+        outside: Where the scanner did not look; None for nowhere.
+        excluded: What is left out by choice; None for nothing.
         body: What is not air, out of view or left out.
     """
 
     stored: NDArray[np.generic]
     finite: NDArray[np.bool_]
-    outside: NDArray[np.bool_]
-    excluded: NDArray[np.bool_]
+    outside: NDArray[np.bool_] | None
+    excluded: NDArray[np.bool_] | None
     body: NDArray[np.bool_]
 
     @property
     def known(self) -> NDArray[np.bool_]:
         """Where there is a value that may be used."""
-        return self.finite & ~self.outside & ~self.excluded
+        return _without(self.finite, self.outside, self.excluded)
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,20 @@ class Reading:
             SceneError: A file that marks voxels has changed, is damaged, or marks what cannot be meant.
         """
         finite = np.isfinite(stored)
-        outside = np.zeros(stored.shape, dtype=bool)
+        outside = None
         if self.kind == "ct":
             least = (LEAST_HU - source.intercept) / source.slope
             outside = finite & (stored < least if source.slope > 0 else stored > least)
-        excluded = np.zeros(stored.shape, dtype=bool) if self.defaced is None else self._defaced(self.defaced, like)
+        excluded = None if self.defaced is None else self._defaced(self.defaced, like)
         if self.anatomy is not None:
-            body = self.anatomy.read(like) & finite & ~outside & ~excluded
+            body = self.anatomy.read(like) & _without(finite, outside, excluded)
             stored[~finite] = 0
         elif self.kind == "ct":
             stored[~finite] = 0
-            body = ct_body(hounsfield(stored, source.slope, source.intercept), finite & ~outside & ~excluded)
+            body = ct_body(hounsfield(stored, source.slope, source.intercept), _without(finite, outside, excluded))
         else:
             dark_air = stored if source.slope > 0 else -stored.astype(np.float32)
-            body = foreground(dark_air, None if self.defaced is None else ~excluded)
+            body = foreground(dark_air, None if excluded is None else ~excluded)
             stored[~finite] = 0
         return Canonical(stored, finite, outside, excluded, body)
 
@@ -104,3 +104,10 @@ class Reading:
                 "marks_most",
             )
         return excluded
+
+
+def _without(voxels: NDArray[np.bool_], *others: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Voxels that are in none of the others; the very array where there are no others, for it is large."""
+    for other in others:
+        voxels = voxels if other is None else voxels & ~other
+    return voxels

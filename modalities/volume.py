@@ -271,12 +271,16 @@ class VolumeScene:
             volume = canonical(source, self.header, reading)
             values, known = self.respacing.linear(reading.values(volume.stored, source.header), volume.known)
             air = self.respacing.nearest(volume.known & ~volume.body)
-            outside, excluded = self.respacing.nearest(volume.outside), self.respacing.nearest(volume.excluded)
             quality[~air] &= ~np.uint8(Quality.BACKGROUND)
-            quality[outside] |= np.uint8(Quality.OUTSIDE)
-            quality[excluded] |= np.uint8(Quality.EXCLUDED)
-            quality[~(known | outside | excluded)] |= np.uint8(Quality.NOT_FINITE)
-            planes.append(np.where(excluded, 0, reading.cut(values)).astype(self.dtype, copy=False))
+            values = reading.cut(values)
+            for where, flag in ((volume.outside, Quality.OUTSIDE), (volume.excluded, Quality.EXCLUDED)):
+                if where is not None:
+                    here = self.respacing.nearest(where)
+                    quality[here] |= np.uint8(flag)
+                    known = known | here
+                    values = values if flag == Quality.OUTSIDE else np.where(here, 0, values)
+            quality[~known] |= np.uint8(Quality.NOT_FINITE)
+            planes.append(values.astype(self.dtype, copy=False))
         return np.stack(planes), quality
 
 

@@ -10,7 +10,6 @@ from modalities.beside import Marks
 from modalities.hounsfield import AIR_HU, looks_like_ct
 from modalities.intensity import ends, num_classes, robust_mean_std
 from modalities.medical import CtSettings, MriSettings, VolumeSettings
-from modalities.nifti_file import VolumeHeader
 from modalities.reading import Canonical, Reading
 from modalities.scene import Channel, SceneError
 from modalities.spacing import Respacing
@@ -94,7 +93,7 @@ def examine(found: Found, settings: VolumeSettings, defaced: Marks | None = None
     if not volume.body.any():
         raise SceneError("nothing in it is body: all of it is air, out of view, left out, or not marked as anatomy", "no_foreground")
     channel, reading = _normalised(found, volume, reading, settings)
-    contradicts = [] if found.modality else contradiction(volume, header, settings)
+    contradicts = contradiction(volume, found, settings)
     return Volume(
         found=found,
         reading=reading,
@@ -137,14 +136,13 @@ def _normalised(found: Found, volume: Canonical, reading: Reading, settings: Vol
     is_zscore = not isinstance(settings, MriSettings) or settings.intensity == "zscore"
     body = volume.stored[volume.body]
     sign = float(np.sign(found.source.header.slope))
-    low, high = ends(body)
+    low, high = (-np.inf, np.inf) if is_zscore else ends(body)
     middle, width = robust_mean_std(body) if is_zscore else (low if sign > 0 else high, high - low)
     if width == 0.0:
         raise SceneError(f"the foreground is constant ({middle:g})", "constant_foreground")
     scale = sign / width
-    if is_zscore:
-        return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="z-score"), reading
-    return Channel(found.sequence, scale=scale, offset=-middle * scale, unit="percentile"), replace(reading, low=low, high=high)
+    unit = "z-score" if is_zscore else "percentile"
+    return Channel(found.sequence, scale=scale, offset=-middle * scale, unit=unit), replace(reading, low=low, high=high)
 
 
 def _values(volume: Canonical, slope: float, intercept: float) -> Values:
@@ -155,12 +153,16 @@ def _values(volume: Canonical, slope: float, intercept: float) -> Values:
     return Values(min(both), max(both), mean * slope + intercept, float(body.std(dtype=np.float64)) * abs(slope))
 
 
-def contradiction(volume: Canonical, header: VolumeHeader, settings: VolumeSettings) -> list[str]:
-    """The flag of values that are not what the settings take them for; nothing is changed by it."""
-    seen = volume.stored[volume.finite & ~volume.excluded]
+def contradiction(volume: Canonical, found: Found, settings: VolumeSettings) -> list[str]:
+    """The flag of values that are not what the settings take them for; nothing is changed by it.
+
+    What a file itself calls CT may still have lost its rescale intercept; what it calls MR is not looked at.
+    """
+    header = found.source.header
+    seen = volume.stored if volume.known is volume.finite and volume.finite.all() else volume.stored[volume.known]
+    least = min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max()))
     if isinstance(settings, CtSettings):
-        least = min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max()))
         return ["looks_like_mri"] if least >= 0 else []
-    if min(float(end) * header.slope + header.intercept for end in (seen.min(), seen.max())) > AIR_HU:
+    if found.modality or least > AIR_HU:
         return []
     return ["looks_like_ct"] if looks_like_ct(seen.astype(np.float32) * header.slope + header.intercept) else []

@@ -41,9 +41,9 @@ def _codes(stored: NDArray[np.generic], finite: NDArray[np.bool_], slope: float,
     if narrow:
         steps = np.zeros(MOST_LEVELS, np.uint32)
         steps[levels.astype(np.int64) & (MOST_LEVELS - 1)] = np.arange(len(levels), dtype=np.uint32)
-        codes = steps[values.astype(np.int64) & (MOST_LEVELS - 1)]
+        codes = np.stack([steps[plane.astype(np.int64) & (MOST_LEVELS - 1)] for plane in values])
     elif len(levels) <= MOST_LEVELS:
-        codes = np.stack([np.searchsorted(levels, plane) for plane in values]).astype(np.uint32)
+        codes = np.stack([np.searchsorted(levels, plane).astype(np.uint32) for plane in values])
     else:
         codes = np.stack([_physical(plane, slope, intercept).view(np.uint32) for plane in stored])
     if slope < 0 and len(levels) <= MOST_LEVELS:
