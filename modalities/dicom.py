@@ -131,7 +131,9 @@ def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) ->
         originals, copies = _originals(members)
         if copies:
             paths = tuple(facts.pixels.path for facts in copies)
-            refused.append(Refused(paths, f"{name}/copies", "the same image as another file (SOPInstanceUID); one is used", "copied_file"))
+            refused.append(
+                Refused(paths, f"{name}/copies", "the same image as another file (SOPInstanceUID), which stands for both", "copied_file")
+            )
         stacks, unfit = stacks_of(name, originals)
         for part in unfit:
             refused.append(Refused(_paths(plane.facts for plane in part.planes), part.place, part.reason, part.code, part.unwanted))

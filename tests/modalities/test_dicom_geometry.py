@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from modalities.catalogue import every_file
 from modalities.dicom import DicomFolder, find_dicom
-from modalities.medical import MriSettings
+from modalities.medical import CtSettings, VolumeSettings
 from modalities.volume import Found, VolumeScene
 from modalities.volume_scan import scan_volumes
-from tests.synthetic_dicom import LPS, PLANES, write_enhanced, write_series
+from tests.synthetic_dicom import LPS, PLANES, write_enhanced, write_mosaic, write_series
 from tests.synthetic_volumes import NATIVE, REAL, needs_real, world
 
 SPACE = (9, 7, 6)
@@ -30,11 +30,11 @@ def by_position(space: tuple[int, ...], affine: NDArray[Any]) -> NDArray[np.int1
     return np.rint(np.tensordot([11.0, 7.0, 3.0], world(space, affine), 1) * 20).astype(np.int16)
 
 
-def found_in(folder: Path, settings: MriSettings = NATIVE) -> DicomFolder:
+def found_in(folder: Path, settings: VolumeSettings = NATIVE) -> DicomFolder:
     return find_dicom(every_file(folder), folder, settings)
 
 
-def only(folder: Path, settings: MriSettings = NATIVE) -> Found:
+def only(folder: Path, settings: VolumeSettings = NATIVE) -> Found:
     """The one volume of a folder."""
     result = found_in(folder, settings)
     assert not result.refused, result.refused
@@ -51,7 +51,10 @@ def by_simpleitk(folder: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Array `(column, row, slice)` and RAS+ affine as GDCM orders the files of a folder."""
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-    image = reader.Execute()
+    return of_simpleitk(reader.Execute())
+
+
+def of_simpleitk(image: SimpleITK.Image) -> tuple[NDArray[Any], NDArray[np.float64]]:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
@@ -105,6 +108,28 @@ def test_frames_of_a_file_in_any_order_are_the_same_volume(tmp_path: Path, plane
     found = only(tmp_path / "in")
     assert np.array_equal(found.source.stored(), values)
     assert np.abs(found.source.header.grid.matrix - affine).max() < 1e-6
+    image = SimpleITK.ReadImage(str(write_enhanced(tmp_path / "in order", values, affine)))
+    assert_same_volume(found, *of_simpleitk(image))
+
+
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("plane", PLANES)
+def test_a_mosaic_is_cut_into_its_slices_each_in_its_place(tmp_path: Path, plane: str, count: int) -> None:
+    affine = PLANES[plane]
+    values = by_position((*SPACE[:2], count), affine)
+    write_mosaic(tmp_path / "in" / "x", values, affine)
+    found = only(tmp_path / "in")
+    assert np.array_equal(found.source.stored(), values)
+    assert np.abs(found.source.header.grid.matrix - affine).max() < 1e-5
+
+
+@needs_real
+def test_a_real_ct_equals_what_independent_readers_make_of_it(tmp_path: Path) -> None:
+    folder = REAL / "dicom" / "torchio_ct" / "dicom"
+    found = only(folder, CtSettings())
+    assert_same_volume(found, *by_simpleitk(folder))
+    (image,) = by_dcm2niix(folder, tmp_path / "out")
+    assert_same_volume(found, image.get_fdata(), image.affine)
 
 
 @needs_real
