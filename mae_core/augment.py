@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from mae_core.artefacts import ArtefactSettings, degraded
 from mae_core.context import Context
 from mae_core.masking import (
     STREAM_CHANNEL,
@@ -42,6 +43,7 @@ class AugmentSettings(Settings):
     )
     intensity: float = Field(0.0, ge=0, lt=1, description="Most that a channel is scaled and shifted by, in its standard deviations")
     channel_drop_fraction: float = Field(0.0, ge=0, lt=1, description="Chance that a sample lacks a channel; one always stays")
+    artefacts: ArtefactSettings = ArtefactSettings()
 
     @model_validator(mode="after")
     def _in_order(self) -> AugmentSettings:
@@ -174,6 +176,9 @@ class Normaliser:
             pixels = interpolate(whole, (flags & self.no_value) == 0, [part.to(device, non_blocking=True) for part in index])
         if self.augment is not None and self.augment.intensity:
             pixels = self._changed(pixels, raw.sample, self.augment.intensity)
+        if self.augment is not None and not self.augment.artefacts.is_off:
+            none = self.no_signal(raw).to(device, non_blocking=True)
+            pixels = degraded(pixels, none, quality == 0, keep, (raw.sample, self.seed), self.augment.artefacts)
         labels = None if raw.labels is None else pick_voxels(raw.labels.to(device, non_blocking=True)[:, None], near, tile)[:, 0].long()
         context = None if raw.context is None else _zoomed(raw.context, zoom).to(device)
         complete = raw.complete and (self.augment is None or not self.augment.channel_drop_fraction)
@@ -230,6 +235,10 @@ class Normaliser:
         ).masked_fill(~raw.present, -1.0)
         last = drawn == drawn.amax(dim=1, keepdim=True)
         return raw.present & ((drawn >= self.augment.channel_drop_fraction) | last)
+
+    def no_signal(self, raw: RawBatch) -> Float[Tensor, "batch channel"]:
+        """What a stored zero is, in normalised units."""
+        return (raw.offset - torch.tensor(self.mean, dtype=raw.offset.dtype)) / torch.tensor(self.std, dtype=raw.offset.dtype)
 
     def _changed(self, pixels: Tensor, sample: Sample, most: float) -> Tensor:
         """Each channel of each sample scaled by `1 ± most` and shifted by `± most`."""

@@ -2,6 +2,11 @@
 
 A band that both have is copied exactly. Channel embeddings are summed, so a new band that borrows the weights of another one takes
 them divided by the number of bands of the new encoder that carry these weights: bands that see the same share the work.
+
+With `copy`, an encoder of one channel becomes one of N: each of the N, the old one included, has its weights divided by N, so N copies of
+a scan give the output that the scan gave. Where only k of the N are there, the sum is k/N of it; fine-tune with sequences dropped at
+random (`augment.channel_drop_fraction`) to have a model that is used to it. Channels that are groups of their own share no sum, and
+each has the weights whole.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from mae_core.positions import interpolated
 from mae_core.sparse_conv import SparseConvEncoder
 from mae_core.weights import Kind, Move, Transfer, WeightsError
 
-NewBands = Literal["nearest", "mean", "zero", "random"]
+NewBands = Literal["nearest", "mean", "zero", "random", "copy"]
 SHAPE = ("kind", "preset", "patch", "step", "mlp_ratio")
 """Settings that both encoders must share."""
 MAY_CHANGE = ("class_token", "register_token", "places.*", "context.*")
@@ -50,16 +55,25 @@ def transfer_bands(
         same: Band of the target to band of the source, for those that are one; their weights are copied exactly.
         bands: Of source and target, for their wavelengths.
         new: What other bands begin with: the weights of the nearest wavelength, the mean over all bands, zeros, or those that they have. A
-            band without a wavelength, or where none has as many voxels, keeps its random weights.
+            band without a wavelength, or where none has as many voxels, keeps its random weights. copy: all bands begin with those of the
+            one band of `source`, divided among them.
 
     Raises:
-        WeightsError: The encoders have another shape, or a tensor cannot be accounted for.
+        WeightsError: The encoders have another shape, a tensor cannot be accounted for, or there are several bands to copy from.
     """
     _check(source, target)
+    if new == "copy" and len(source.channels) > 1:
+        raise WeightsError(
+            f"the encoder to begin with has {len(source.channels)} channels, {', '.join(source.channels)}, and copy is for one of a single "
+            "channel; take nearest, mean, zero or random, or make it one of a single channel first (convert, to=bands)"
+        )
     there, here = source.state_dict(), target.state_dict()
     account = _Account({name: value.clone() for name, value in here.items()})
     rows = band_rows(source), band_rows(target)
-    _move_bands(account, there, rows, same, bands, new)
+    if new == "copy":
+        _copy_band(account, there, rows, target)
+    else:
+        _move_bands(account, there, rows, same, bands, new)
     groups = _move_groups(account, there, source, target, same)
     embeds = {name for found in rows for name, _ in found.values()}
     for name in here:
@@ -153,6 +167,24 @@ def _move_bands(
             account.say("new", (), entry, "zeros")
         else:
             account.say("new", (), entry, "random" if new == "random" else f"random: no band to take its {new} from")
+
+
+def _copy_band(
+    account: _Account,
+    there: Mapping[str, Tensor],
+    rows: tuple[Mapping[str, tuple[str, int]], Mapping[str, tuple[str, int]]],
+    target: AnyEncoder,
+) -> None:
+    """The one band's weights for every band, divided among those of a channel group, whose embeddings are summed."""
+    [(name, (tensor, row))] = rows[0].items()
+    sharing = {target.channels[channel]: len(group) for group in target.groups for channel in group}
+    for band, (own_tensor, own_row) in rows[1].items():
+        entry = _entry(own_tensor, band)
+        if account.state[own_tensor][own_row].shape != there[tensor][row].shape:
+            account.say("new", (), entry, "random: it has another number of voxels")
+            continue
+        account.state[own_tensor][own_row].copy_(there[tensor][row] / sharing[band])
+        account.say("borrowed", (_entry(tensor, name),), entry, f"copy, divided by {sharing[band]}")
 
 
 def _nearest(name: str, others: Sequence[str], bands: tuple[Sequence[Band], Sequence[Band]]) -> str | None:

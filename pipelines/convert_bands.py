@@ -27,7 +27,7 @@ class NewBandSettings(Settings):
     weights: NewBands = Field(
         "nearest",
         description="Their weights: of the nearest wavelength (divided among all bands that carry them), the mean over all bands, zeros, "
-        "or random",
+        "or random; copy: of the only channel, such as one sequence, divided among all",
     )
     wavelengths_nm: dict[str, float] = Field({}, description="Centre wavelengths by name, of bands that are not Sentinel-2's or Landsat's")
     statistics: dict[str, tuple[float, float]] = Field(
@@ -46,6 +46,7 @@ class Rebanded:
         transfer: What became of every tensor.
         matching: Which band of the old encoder each band is; the old ones take the part of the data.
         borrowed: For each new band the old one whose mean, deviation, unit and levels it was given.
+        how: Why that one.
     """
 
     encoder: AnyEncoder
@@ -53,6 +54,7 @@ class Rebanded:
     transfer: Transfer
     matching: Matching
     borrowed: dict[str, str]
+    how: str = "nearest wavelength"
 
     def rows(self) -> list[list[str]]:
         """Band, where its statistics are from, mean, standard deviation, unit."""
@@ -60,7 +62,7 @@ class Rebanded:
         units = self.about.units or ("",) * len(self.about.channels)
         found = []
         for name, mean, std, unit in zip(self.about.channels, self.about.mean, self.about.std, units, strict=True):
-            source = kept.get(name) or (f"{self.borrowed[name]}, nearest wavelength" if name in self.borrowed else "given")
+            source = kept.get(name) or (f"{self.borrowed[name]}, {self.how}" if name in self.borrowed else "given")
             found.append([name, source, f"{mean:.4g}", f"{std:.4g}", unit or "not said"])
         return found
 
@@ -79,11 +81,11 @@ def rebanded(
     waves = {name: band.wavelength_nm for name, band in INSTRUMENTS.items()} | new.wavelengths_nm
     known = {band.name: band for band in old}
     bare = tuple(known.get(name) or Band(name, waves.get(name)) for name in channels)
-    matching = matched(bare, old, new.match)
+    matching = _one_for_all(bare, old) if new.weights == "copy" else matched(bare, old, new.match)
     kept = {band.name: other for band, other in matching.pairs}
     fresh = [name for name in channels if name not in kept]
     _check(new, fresh)
-    near = {name: _nearest(waves.get(name), old) for name in fresh}
+    near = {name: old[0] if new.weights == "copy" else _nearest(waves.get(name), old) for name in fresh}
     bands = tuple(_band(band, kept.get(band.name) or near.get(band.name), new.footprints, band.name in kept) for band in bare)
     statistics = _statistics(about, bands, kept, near, new)
     names = {name: other.name for name, other in kept.items()}
@@ -97,6 +99,8 @@ def rebanded(
     reader = {} if "kind" in changes else dict(about.reader)
     if sorted(reader.get("channels") or ()) == sorted(about.channels):
         reader["channels"] = list(channels)
+    if reader.get("sequence") in about.channels and len(channels) > 1:
+        reader["sequence"] = None  # it named every file like the one channel that there was
     told = about.model_copy(
         update={
             "channels": tuple(channels),
@@ -113,7 +117,22 @@ def rebanded(
     )
     told = told.model_copy(update={"reader": to_plain(reader_of(told, changes))})
     borrowed = {name: other.name for name, other in near.items() if other is not None and name not in new.statistics}
-    return Rebanded(target.eval(), told, transfer, matching, borrowed)
+    how = "of which it is a copy" if new.weights == "copy" else "nearest wavelength"
+    return Rebanded(target.eval(), told, transfer, matching, borrowed, how)
+
+
+def _one_for_all(bands: Sequence[Band], old: Sequence[Band]) -> Matching:
+    """Which band the one old band is, by its name; it can be none of them.
+
+    Raises:
+        RunError: There are several old ones.
+    """
+    if len(old) > 1:
+        raise RunError(
+            f"new.weights=copy is for an encoder of one channel, and this has {len(old)}: {', '.join(band.name for band in old)}; give "
+            "nearest, mean, zero or random"
+        )
+    return Matching(tuple(bands), tuple(old), tuple(0 if band.name == old[0].name else -1 for band in bands))
 
 
 def _check(new: NewBandSettings, fresh: Sequence[str]) -> None:

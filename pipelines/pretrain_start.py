@@ -45,7 +45,7 @@ class InitSettings(Settings):
     new_bands: NewBands = Field(
         "nearest",
         description="Weights of bands that it does not have: of the nearest wavelength (divided among all bands that carry them), the mean "
-        "over its bands, zeros, or random",
+        "over its bands, zeros, or random; copy: of its only channel, divided among all",
     )
     bands: BandSettings = BandSettings()
 

@@ -174,3 +174,31 @@ def test_another_shape_is_refused_with_what_to_set() -> None:
         WeightsError, match=r"(?s)patch is \(4, 4\) here and \(6, 6\) there; set model\.encoder\.patch=\[6, 6\]\n.*mlp_ratio=2"
     ):
         moved(one, two)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("vit", ()), ("vit", "each"), ("sparse_conv", ())])
+def test_an_encoder_of_one_sequence_gives_the_same_on_copies_of_a_scan(kind: str, groups: Any) -> None:
+    """In three axes. Where every channel is a group of its own, no sum is shared and each has the weights whole."""
+    sizes: dict[str, Any] = {"preset": "nano", "patch": (4, 4, 2)}
+    settings: AnyEncoderSettings = SparseConvSettings(**sizes) if kind == "sparse_conv" else EncoderSettings(**sizes, groups=groups)
+    names = ("FLAIR", "MR", "T1w", "T2w")
+    pixels = torch.randn(2, 1, 8, 8, 4, generator=generator(3))
+    for before in (("MR",), ("other",)):
+        one, many = encoder_of(settings, before, 1), encoder_of(settings, names, 2)
+        transfer = transfer_bands(one, many, {"MR": "MR"} if before == ("MR",) else {}, (bands(before), bands(names)), "copy")
+        share = 1 if groups else 4
+        assert torch.equal(kernel(many, "T2w"), kernel(one, before[0]) / share)
+        assert {move.note for move in transfer.moves if move.kind == "borrowed"} == {f"copy, divided by {share}"}
+        if groups:
+            continue
+        wanted = all_tokens(one.layout(pixels.shape[2:]), pixels)
+        found = all_tokens(many.layout(pixels.shape[2:]), pixels.expand(-1, 4, -1, -1, -1))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                many(found.patches, found.ids, found.layout.grid), one(wanted.patches, wanted.ids, wanted.layout.grid), rtol=0, atol=1e-5
+            )
+
+
+def test_copies_are_of_one_channel() -> None:
+    with pytest.raises(WeightsError, match=r"has 6 channels, B04, B02, .* and copy is for one of a single channel"):
+        moved(encoder_of(PLAIN, SIX), encoder_of(PLAIN, TEN), "copy")
