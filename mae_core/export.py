@@ -20,7 +20,7 @@ from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.settings import Settings
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"
 
 
 class ModelError(ValueError):
@@ -51,6 +51,7 @@ class Description(Settings):
         bands: How the channels of a segmenter's training data were found among the encoder's.
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
+        intended_use: What it may be used for, as its README says too; empty where there is nothing to say.
     """
 
     format: Literal[1] = 1
@@ -74,6 +75,7 @@ class Description(Settings):
     bands: BandSettings = BandSettings()
     reader: dict[str, Any]
     lineage: dict[str, str]
+    intended_use: str = ""
 
 
 def save_model(folder: Path, model: nn.Module, description: Description, beside: Mapping[str, bytes] | None = None) -> str:
@@ -90,6 +92,8 @@ def save_model(folder: Path, model: nn.Module, description: Description, beside:
         (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
         for name, data in (beside or {}).items():
             (aside / name).write_bytes(data)
+        if description.intended_use:
+            (aside / CARD).write_text(f"# {description.modality} {description.kind}\n\n{description.intended_use}\n")
         seal(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

@@ -83,7 +83,7 @@ def sheet_figure(store: TileStore, seed: int = 0) -> Figure:
 
 def sheet_to(tracker: Tracker, store: TileStore, seed: int = 0) -> None:
     """Logs the sheet of a store as the run's picture `store/sheet`; draws nothing where pictures may not leave the archive."""
-    if tracker.settings.images:
+    if tracker.images:
         tracker.image("store/sheet", store_sheet(store, seed), 0)
 
 

@@ -24,7 +24,7 @@ from mae_core.settings import Settings, flatten
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"  # whatever was set: nothing is told to anybody
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -37,8 +37,10 @@ class TrackingSettings(Settings):
 
     uri: str | None = Field(None, description="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite beside the run)")
     experiment: str = Field("terravox", min_length=1, description="MLflow experiment")
-    images: bool = Field(
-        True, description="Log pictures (reconstructions, the sheet of a store); turn off where a picture may not leave the archive"
+    log_images: bool | None = Field(
+        None,
+        description="Draw and log pictures (reconstructions, the sheet of a store); null: of images, and not of patients, since a face can "
+        "be rebuilt from a scan of a head",
     )
     system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
     register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")
@@ -87,15 +89,21 @@ def artifact_folder(settings: TrackingSettings, out: Path) -> Path | None:
 class Tracker:
     """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began.
 
+    Args:
+        settings: Where, and what.
+        out: Folder of the run.
+        of_patients: Whether a picture can show a patient, so that there is none unless it is asked for.
+
     Raises:
         TrackingError: The tracking store cannot be used.
     """
 
-    def __init__(self, settings: TrackingSettings, out: Path) -> None:
+    def __init__(self, settings: TrackingSettings, out: Path, *, of_patients: bool = True) -> None:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         self.settings = settings
+        self.images = not of_patients if settings.log_images is None else settings.log_images
         self.uri = tracking_uri(settings, out)
         self.run_id = ""
         self._told: dict[str, int] = {}
@@ -162,7 +170,7 @@ class Tracker:
 
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
         """Log a picture at a step, if pictures are wanted."""
-        if self.settings.images and not self._has_image(key, step):
+        if self.images and not self._has_image(key, step):
             self.client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -214,6 +222,7 @@ class Tracker:
             else TensorSpec(np.dtype(np.float32), (-1, -1, -1))
         )
         package = Path(__file__).parent
+        use = {"intended_use": description.intended_use} if description.intended_use else {}
         _use(self.uri)
         info = mlflow.pyfunc.log_model(
             name=description.kind,
@@ -224,13 +233,15 @@ class Tracker:
             pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "numpy", "pydantic", "jaxtyping", "safetensors", "monai"],
             code_paths=[str(package)],
             metadata={"channels": list(description.channels), "units": "normalised: (physical - mean) / std", **description.lineage},
-            tags={"kind": description.kind, "modality": description.modality},
+            tags={"kind": description.kind, "modality": description.modality, **use},
         )
         with redirect_stderr(io.StringIO()):  # MLflow prints here past its loggers; what fails is raised
             version = mlflow.register_model(info.model_uri, name)
         done = Registered(name, int(version.version), str(info.model_id))
         self.client.set_registered_model_alias(name, "candidate", str(done.version))
-        for key, value in description.lineage.items():
+        if description.intended_use:
+            self.client.update_registered_model(name, description.intended_use)
+        for key, value in (description.lineage | use).items():
             self.client.set_model_version_tag(name, str(done.version), key, value)
         if parent is not None:
             self.used_model(parent)

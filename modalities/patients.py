@@ -5,6 +5,9 @@ from __future__ import annotations
 PATIENTS = ("mri", "ct", "xray", "medical")
 """Kinds of reader settings."""
 
+PSEUDONYM_KEY = "pseudonym_key"
+"""What stores and models call the fingerprint of the key that the pseudonyms of their data are made with."""
+
 RESEARCH_USE = "For research use only; not a medical device, and not for diagnosis or treatment."
 
 

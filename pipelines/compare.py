@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from mae_core.settings import Settings, to_plain
+from mae_core.settings import Settings
+from modalities.patients import of_patients
 from pipelines import pretrain_mri, pretrain_sentinel, probe
 from pipelines.command_line import run
 from pipelines.labelled import missing
 from pipelines.progress import console, mean_and_deviation, table
-from pipelines.run_folder import RunError, begin, finish, recall
+from pipelines.run_folder import RunError, begin, finish, recall, recorded
 
 DESCRIPTION = "the same pretraining with one change at a time and several seeds, each judged by probes on held-out labels"
 COLUMNS = {"linear": "linear probe", "knn": "k-NN"}
@@ -43,13 +44,16 @@ class CompareSettings(Settings):
 
 def work(settings: CompareSettings) -> int:
     """Do it."""
-    done = begin(settings.out, "compare", to_plain(settings), ())
+    config = recorded(settings, settings.modality)
+    for name in ("pretraining", "probing"):
+        config[name] = [word for word in config[name] if not (of_patients(settings.modality) and "reader.exclude" in word)]
+    done = begin(settings.out, "compare", config, ())
     if done is None:
         figures: dict[str, Any] = {}
         for seed in settings.seeds:
             for name in settings.variants:
                 figures.setdefault(name, []).append(one(settings, name, seed))
-        done = finish(settings.out, "compare", to_plain(settings), {"figures": figures})
+        done = finish(settings.out, "compare", config, {"figures": figures})
     tell(done["figures"])
     return 0
 

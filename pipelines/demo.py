@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from mae_core.settings import Settings
+from modalities.patients import of_patients
 from modalities.samples import TISSUES, write_mri_sample, write_satellite_sample
 from modalities.scene import SceneError
 from pipelines import finetune_segmentation, predict, pretrain_mri, pretrain_sentinel
@@ -90,7 +91,8 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     dice = ", ".join(f"{arm} {scores['mean_dice']:.3f}" for arm, scores in held_out.items())
     done[f"{modality} segmenter"] = f"{recall(segmenter)['mlflow']['alias']}, held-out mean Dice {dice}"
     first = min(path for path in images.rglob("*") if path.is_file() and path.name.endswith(ENDINGS[modality]))
-    place = out / f"{first.name.split('.')[0]}_labels{ENDINGS[modality]}"
+    name = "first" if of_patients(modality) and not split else first.name.split(".")[0]
+    place = out / f"{name}_labels{ENDINGS[modality]}"
     _run(
         predict.main,
         [

@@ -227,6 +227,7 @@ def _compare(job: Job) -> dict[str, Any]:
     bands = store_matching(job.about, job.store, settings.bands).table()
     side = judged_side(job.store)
     groups = {name: len(set(job.store.index.group[rows].tolist())) for name, rows in (("train", job.rows), (side, job.store.rows(side)))}
+    facts |= {"intended_use": job.about.intended_use} if job.about.intended_use else {}
     return finish(
         out,
         "finetune_segmentation",

@@ -23,6 +23,7 @@ from modalities.catalogue import ReaderSettings, scan
 from modalities.label_file import LabelOptions
 from modalities.labels import Labelling, match_labels
 from modalities.medical import GROUP_PATTERN, VolumeSettings
+from modalities.patients import PSEUDONYM_KEY
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
 from pipelines.contamination import TrainingData, block_words, preferred
@@ -114,6 +115,16 @@ def labelled_store(settings: Labelled, about: Description, seen: TrainingData | 
     return labelled_data(settings, about, seen).store
 
 
+def tell_key(about: Description, store: TileStore) -> None:
+    """Warn where pseudonyms cannot be compared with those of the encoder's data."""
+    before, now = about.lineage.get(PSEUDONYM_KEY), store.attributes.get(PSEUDONYM_KEY)
+    if before and now and before != now:
+        console.print(
+            "[yellow]the pseudonyms of these data are made with another key than those of the encoder's[/]: nobody can tell by them "
+            "whether a held-out patient was among its data; set TERRAVOX_KEY_FILE to the key of then"
+        )
+
+
 def labelled_data(settings: Labelled, about: Description, seen: TrainingData | None = None) -> LabelledData:
     """Images and labels, read as the encoder's data were; their tile store is prepared unless it is already.
 
@@ -136,7 +147,9 @@ def labelled_data(settings: Labelled, about: Description, seen: TrainingData | N
     plan = make_plan(catalogue.scenes, tile, prepare, labels, store_attributes(reader, len(tile)) | attributes)
     path = settings.out.resolve().parent / "stores" / f"{reader.kind}-labelled-{plan.digest[:12]}"
     prepare_store(catalogue, path, reader, prepare, labels, attributes)
-    return LabelledData(TileStore.open(path), tuple(labelling.pairs))
+    store = TileStore.open(path)
+    tell_key(about, store)
+    return LabelledData(store, tuple(labelling.pairs))
 
 
 def _without_labels(reader: ReaderSettings, settings: Labelled) -> ReaderSettings:

@@ -109,6 +109,7 @@ def work(settings: PredictSettings) -> int:
         "bands": {str(place): found.matching.table() for place, found in done.items()},
         "mlflow": {"run_id": tracker.run_id, "model": registered.uri if registered else None},
     }
+    facts |= {"intended_use": about.intended_use} if about.intended_use else {}
     out = settings.out
     finish(
         out if out.is_dir() else out.parent,

@@ -25,6 +25,7 @@ from pipelines.preparation_report import PreparationReport, failures, finish_sto
 from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
 from pipelines.shard_task import Keep, Record, ShardTask, finished_record, run_task
 from pipelines.tiling_plan import PreparationError, SplitSettings
+from pipelines.withheld import WithheldError, discreet, is_private, trace_of
 
 __all__ = ["PreparationError", "PreparationReport", "PrepareSettings", "prepare"]
 
@@ -139,7 +140,8 @@ def _write_shards(
         announce(forecast(plan, out, todo, num_processes(settings)))
     progress(_num_tiles(records.values()), len(plan.tiles))
     alone = works_here(settings, len(todo))
-    run = (_write_shards_of(task) for task in todo) if alone else run_tasks(_write_shards_of, todo, settings, out / "progress", _described)
+    work = _write_shards_of_patients if is_private(str(plan.attributes.get("kind", ""))) else _write_shards_of
+    run = (work(task) for task in todo) if alone else run_tasks(work, todo, settings, out / "progress", _described)
     with contextlib.closing(run):
         for done in run:
             records |= {record["shard"]: record for record in done}
@@ -155,6 +157,17 @@ def _write_shards_of(task: ShardTask) -> list[Record]:
         return run_task(task)
     except OSError as error:
         raise cannot_write(task.store, error) from error
+
+
+def _write_shards_of_patients(task: ShardTask) -> list[Record]:
+    """The same, in a process whose log may be read by others: an unexpected error comes out without its message."""
+    try:
+        with discreet(private=True):
+            return _write_shards_of(task)
+    except PreparationError as error:
+        raise PreparationError(str(error)) from None
+    except Exception as error:
+        raise WithheldError(trace_of(error)) from None
 
 
 def _num_tiles(records: Iterable[Record]) -> int:

@@ -76,9 +76,12 @@ def claimed(out: Path, plan: PreparationPlan) -> Iterator[None]:
 
 
 def cannot_write(out: Path, error: OSError) -> PreparationError:
-    """What is said when the disk is full or the folder cannot be written."""
+    """What is said when the disk is full or the folder cannot be written; a file is named only where it lies in the folder."""
+    file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    named = f" ({file.relative_to(out)})" if file is not None and file.is_relative_to(out) else ""
     return PreparationError(
-        f"{out} cannot be written: {error}. What is finished is kept: make room, set the rights or choose another --out, and run it again"
+        f"{out} cannot be written: {error.strerror or type(error).__name__}{named}. What is finished is kept: make room, set the rights or "
+        "choose another --out, and run it again"
     )
 
 

@@ -16,7 +16,7 @@ from mae_core.store import TileStore
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
 from modalities.account import account
 from modalities.catalogue import Catalogue, ReaderSettings, scan
-from modalities.patients import of_patients
+from modalities.patients import PSEUDONYM_KEY, of_patients
 from modalities.pseudonyms import pseudonyms
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
@@ -39,8 +39,6 @@ VOLUMES = ("mri", "ct")
 TILES = {**dict.fromkeys(IMAGES, (128, 128)), **dict.fromkeys(VOLUMES, (64, 64, 64)), "xray": (256, 256)}
 AXES = {2: ("y", "x"), 3: ("x", "y", "z")}
 SERIES_AXES = ("time", "y", "x")
-PSEUDONYM_KEY = "pseudonym_key"
-"""What a store of patients calls the fingerprint of the key that its pseudonyms are made with."""
 
 
 class PrepareVerb(Settings):
@@ -198,7 +196,7 @@ def work(settings: PrepareVerb) -> int:
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
-    with Tracker(settings.tracking, settings.out).run(
+    with Tracker(settings.tracking, settings.out, of_patients=of_patients(settings.modality)).run(
         f"prepare-{settings.out.name}", None, public(settings, settings.modality), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)

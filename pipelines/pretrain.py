@@ -34,6 +34,7 @@ from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
 from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
 from mae_core.vit import channel_groups
+from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
 from pipelines.bands import described
 from pipelines.command_line import run
 from pipelines.contamination import files_of, trained_on
@@ -204,7 +205,8 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         tracker = None
         if parallel.is_first:
             known = state.run_id or recall(out, RUN).get("run_id")
-            tracker = stack.enter_context(Tracker(recipe.tracking, out).run(out.name, known, config, {"source": f"pipelines/{verb}.py"}))
+            tracker = Tracker(recipe.tracking, out, of_patients=of_patients(store.kind))
+            stack.enter_context(tracker.run(out.name, known, config, {"source": f"pipelines/{verb}.py"}))
             state.run_id = tracker.run_id
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(store)), "channels": ",".join(store.channels), "split_digest": config["split_digest"]}
@@ -238,6 +240,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         }
         facts |= {} if transfer is None else {"transfer": [list(row) for row in transfer.table()]}
         facts |= {"damaged_tiles": {str(tile): why for tile, why in stream.damaged.items()}} if stream.damaged else {}
+    facts |= {"intended_use": RESEARCH_USE} if of_patients(store.kind) else {}
     result = finish(out, verb, config, facts)
     tell_end(result, out)
     return result
@@ -255,6 +258,7 @@ def _finish(
     """Export and register the encoder; what `result.json` is to hold."""
     lineage = {"store_digest": store.digest, "pretraining_run": tracker.run_id}
     lineage |= {} if begun is None else {"begun_with_weights": begun.digest}
+    lineage |= {PSEUDONYM_KEY: store.attributes[PSEUDONYM_KEY]} if PSEUDONYM_KEY in store.attributes else {}
     description = Description(
         kind="encoder",
         modality=store.kind,
@@ -268,6 +272,7 @@ def _finish(
         encoder=recipe.model.encoder,
         reader=store.attributes["reader"],
         lineage=lineage,
+        intended_use=RESEARCH_USE if of_patients(store.kind) else "",
         percentiles=tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in store.statistics.percentiles),
         **described(bands_of(store.attributes["channels"])),
     )
@@ -369,7 +374,7 @@ def ui_command(uri: str) -> str:
 def _log_panels(tracker: Tracker | None, out: Path, step: int, panels: Sequence[Panel]) -> None:
     from mae_core.figures import reconstruction, save_picture
 
-    if tracker is None or not panels or not tracker.settings.images:
+    if tracker is None or not panels or not tracker.images:
         return
     note = "normalised targets are brought back with each hidden patch's true mean and deviation"
     picture = reconstruction(panels, f"held-out tiles, step {step}: {note}")

@@ -169,7 +169,7 @@ def opened_run(folder: Path) -> tuple[PretrainRecipe, Description]:
     if not config:
         raise RunError(f"{folder} is no folder of a run ({CONFIG} is missing); give the --out of a pretraining")
     about = load_description(folder / "model", "encoder")
-    known = {name: value for name, value in config["settings"].items() if name in PretrainRecipe.model_fields}
+    known = {name: value for name, value in config["settings"].items() if name in PretrainRecipe.model_fields and name != "tracking"}
     try:
         recipe = PretrainRecipe.model_validate(known)
     except ValidationError as error:

@@ -296,7 +296,7 @@ def reader_of(task: ShardTask, region: int) -> Reader:
         try:
             return *scene.read(window), None if labels is None else labels.read(window)
         except OSError as error:
-            raise SceneError(f"scene {scene.name} cannot be read in {window}: {error}") from error
+            raise SceneError(f"scene {scene.name} cannot be read in {window}: {error.strerror or type(error).__name__}") from error
 
     low = np.min([tile.origin for tile in tiles], axis=0).tolist()
     high = np.max([np.add(tile.origin, tile.extent) for tile in tiles], axis=0).tolist()

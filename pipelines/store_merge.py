@@ -13,6 +13,7 @@ from mae_core.store import Split, TileStore
 from mae_core.store_files import LocalFiles
 from mae_core.store_view import VIEW, combine, write_view
 from modalities.ground import UNPLACED, footprints
+from modalities.patients import PSEUDONYM_KEY
 from pipelines.ground_check import nearest
 from pipelines.ground_split import SHARED_SLACK
 from pipelines.tiling_plan import Ground, overlapping
@@ -38,6 +39,11 @@ def checked(stores: Sequence[Path], out: Path) -> list[TileStore]:
     if views:
         raise StoreError(f"{', '.join(views)}: is a view itself; name the stores that it joins")
     opened = [TileStore.open(store, verify="sizes") for store in stores]
+    if len({store.attributes[PSEUDONYM_KEY] for store in opened if PSEUDONYM_KEY in store.attributes}) > 1:
+        raise StoreError(
+            "the pseudonyms of these stores are made with different keys, so one patient could be trained on and held out under two names; "
+            "prepare them again with one key (TERRAVOX_KEY_FILE)"
+        )
     combine(LocalFiles(out), [store.folders[0] for store in opened])
     for one, other in permutations(opened, 2):
         _check_ground(one, other)

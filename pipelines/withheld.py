@@ -28,6 +28,10 @@ HARMLESS = ("mlflow", "alembic", "sqlalchemy", "torch")
 ADVICE = f"set {SHOW}=1 to see it, on a terminal that nobody else reads and that is not logged"
 
 
+class WithheldError(RuntimeError):
+    """An error that was not expected, told by types and places alone; it comes from another process."""
+
+
 def kind_of(values: Mapping[str, Any]) -> str | None:
     """The kind of the files that a verb is to read, by its settings: empty where it reads none, None where nobody can tell yet."""
     section = values.get("reader")
@@ -60,7 +64,8 @@ def trace_of(error: BaseException) -> str:
     now: BaseException | None = error
     while now is not None and id(now) not in seen:
         seen.add(id(now))
-        lines.append(f"{'caused by ' if len(seen) > 1 else ''}{type(now).__name__}, message withheld")
+        told = f"\n{now}" if isinstance(now, WithheldError) else ", message withheld"
+        lines.append(f"{'caused by ' if len(seen) > 1 else ''}{type(now).__name__}{told}")
         lines += [f"  {_short(frame.filename)}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(now.__traceback__)]
         now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from mae_core import store_sheet as module
 from mae_core.store import TileStore
 from mae_core.store_sheet import NOTHING, _picture, _sample, frame_name, sheet_figure, sheet_to, store_sheet, tile_outlines
-from mae_core.tracking import Tracker, TrackingSettings
+from mae_core.tracking import Tracker
 from modalities.grid import Grid
 from modalities.quality import NO_VALUE, Quality
 from pipelines.preparation import PrepareSettings, prepare
@@ -201,7 +201,7 @@ def test_the_tracker_gets_it_unless_pictures_may_not_leave(small: TileStore, mon
     logged: list[tuple[str, tuple[int, ...], int]] = []
     monkeypatch.setattr(Tracker, "image", lambda _, key, picture, step: logged.append((key, picture.shape, step)))
     tracker = Tracker.__new__(Tracker)
-    tracker.settings = TrackingSettings(images=True)
+    tracker.images = True
     sheet_to(tracker, small)
     assert [(key, step) for key, _, step in logged] == [("store/sheet", 0)]
     assert logged[0][1][1:] == (1300, 3)
@@ -210,6 +210,6 @@ def test_the_tracker_gets_it_unless_pictures_may_not_leave(small: TileStore, mon
         raise AssertionError("a picture is drawn that nobody may see")
 
     monkeypatch.setattr(module, "store_sheet", forbidden)
-    tracker.settings = TrackingSettings(images=False)
+    tracker.images = False
     sheet_to(tracker, small)
     assert len(logged) == 1

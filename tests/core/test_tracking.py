@@ -34,7 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> TrackingSettings:
 
 @pytest.fixture
 def tracker(settings: TrackingSettings, tmp_path: Path) -> Tracker:
-    return Tracker(settings, tmp_path / "run")
+    return Tracker(settings, tmp_path / "run", of_patients=False)
 
 
 def status(tracker: Tracker) -> str:
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_as_one_run_with_each_step_once(settings: TrackingS
         for step in (1, 2, 3):
             tracker.metrics({"train/loss": float(step)}, step)
         tracker.image("val/reconstruction", picture, 2)
-    later = Tracker(settings, tmp_path / "run")
+    later = Tracker(settings, tmp_path / "run", of_patients=False)
     with later.run("one", tracker.run_id, {"train": {"steps": 999}}, TAGS):
         assert later.run_id == tracker.run_id
         assert status(later) == "RUNNING"
@@ -136,10 +136,11 @@ def test_a_run_that_is_not_there_is_told(tracker: Tracker) -> None:
 
 
 def test_pictures_can_be_left_out(settings: TrackingSettings, tmp_path: Path) -> None:
-    tracker = Tracker(settings.model_copy(update={"images": False}), tmp_path / "run")
-    with tracker.run("no pictures", None, {}, TAGS):
-        tracker.image("val/reconstruction", np.zeros((4, 4, 3), np.uint8), 1)
-    assert tracker.client.list_artifacts(tracker.run_id) == []
+    for asked, of_patients, drawn in ((False, False, False), (None, True, False), (None, False, True), (True, True, True)):
+        tracker = Tracker(settings.model_copy(update={"log_images": asked}), tmp_path / "run", of_patients=of_patients)
+        with tracker.run("pictures", None, {}, TAGS):
+            tracker.image("val/reconstruction", np.zeros((4, 4, 3), np.uint8), 1)
+        assert bool(tracker.client.list_artifacts(tracker.run_id)) is drawn
 
 
 def test_files_and_data_are_logged(tracker: Tracker, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_a_run_that_fails_says_so_and_writes_no_result(
     store: TileStore, uri: str, tmp_path: Path, client: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with failing(capsys, 1, "not finite", "lower optim.base_lr") as call:
-        call(arguments(store, tmp_path / "failed", uri, optim__base_lr=1e38, tracking__images=False))
+        call(arguments(store, tmp_path / "failed", uri, optim__base_lr=1e38, tracking__log_images=False))
     run = run_named(client, "failed")
     assert (run.info.status, run.data.tags["failure"]) == ("FAILED", "TrainingError")
     assert not (tmp_path / "failed" / "result.json").exists()
@@ -377,7 +377,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes_as_one_run(
 def test_two_processes_give_the_curves_of_one(finished: Finished, store: TileStore, uri: str, client: MlflowClient, tmp_path: Path) -> None:
     """The micro-batches of the two ranks count unevenly: the tiles of place `b` have a third less."""
     out = tmp_path / "two"
-    result = two_processes(SCRIPT, *arguments(store, out, uri, loader__micro_batch_size=1, tracking__images=False))
+    result = two_processes(SCRIPT, *arguments(store, out, uri, loader__micro_batch_size=1, tracking__log_images=False))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("pretraining done") == 1, "only the first process speaks"
     run, alone = run_named(client, "two"), client.get_run(finished.result["mlflow"]["run_id"])
@@ -389,7 +389,7 @@ def test_two_processes_give_the_curves_of_one(finished: Finished, store: TileSto
 
 def test_three_axes_go_the_whole_way(tmp_path_factory: pytest.TempPathFactory, uri: str, client: MlflowClient, tmp_path: Path) -> None:
     volumes = shared_store(tmp_path_factory, 3)
-    changes = {"crop": [4, 8, 8], "tracking.register_as": "volumes", "train.steps": 2, "tracking.images": False}
+    changes = {"crop": [4, 8, 8], "tracking.register_as": "volumes", "train.steps": 2, "tracking.log_images": False}
     argv = arguments(volumes, tmp_path / "volumes", uri, **changes)
     assert main(argv) == 0
     encoder, about = load_encoder(tmp_path / "volumes" / "model")
