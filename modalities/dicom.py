@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) ->
     nameless = len({facts.study for facts in known if not facts.patient and facts.modality in WANTED[settings.kind]})
     if nameless:
         notes += (f"{nameless} DICOM studies name no patient (PatientID is empty): each counts as a patient of its own",)
+    of_file = {facts.pixels.path: facts for facts in known}
+    refused = [_with_patient(item, of_file.get(item.files[0])) for item in refused]
     return DicomFolder(tuple(found), tuple(refused), tuple(sorted([*others, *directories])), notes)
 
 
@@ -230,7 +232,7 @@ def _found(moments: Sequence[Stack], is_diffusion: bool, settings: VolumeSetting
     grid = Grid.from_matrix((*_shape(files[0], num_mosaic), len(chosen[0].planes)), chosen[0].affine, "RAS+", "mm")
     header = VolumeHeader(grid.space, grid.affine, dtype.str, slope, intercept, 0, chosen[0].flags)
     source = DicomSource(tuple(files), slices, header, num_mosaic, len(chosen))
-    patient = first.facts.patient.casefold() or f"study {first.facts.study}"
+    patient = _patient_of(first.facts)
     flags = (*chosen[0].flags, *["four_d"] * (len(moments) > 1))
     return Found(source, chosen[0].place, patient, first.facts.study, sequence, flags, first.facts.modality)
 
@@ -244,6 +246,18 @@ def _left_out(moments: Sequence[Stack], used: Found) -> list[Refused]:
 
 def _b_value(stack: Stack) -> float | None:
     return stack.planes[0].frame.b_value
+
+
+def _patient_of(facts: Facts) -> str:
+    """What names the patient; where nobody does, each study is a patient of its own."""
+    return facts.patient.casefold() or f"study {facts.study}"
+
+
+def _with_patient(item: Refused, facts: Facts | None) -> Refused:
+    """What is refused, with whose it is; of a file that could not be read nobody knows."""
+    if facts is None:
+        return item
+    return replace(item, patient=_patient_of(facts), session=facts.study, modality=facts.named_modality)
 
 
 def _rescale(plane: Plane) -> tuple[float, float]:

@@ -69,7 +69,7 @@ NO_VOLUMES = frozenset({"dicomdir", "copied_file", "marks_nothing"})
 
 
 def make_rows(
-    found: Sequence[Found], volumes: Iterable[Volume], scenes: Iterable[VolumeScene], refused: Iterable[Refused], names: Pseudonyms
+    found: Sequence[Found], volumes: Iterable[Volume], scenes: Iterable[VolumeScene], refused: Sequence[Refused], names: Pseudonyms
 ) -> tuple[Mapping[str, Any], ...]:
     """A row for each volume, sorted by pseudonyms, so that nothing can be told from their order.
 
@@ -85,7 +85,7 @@ def make_rows(
     reasons = {item.place: item for item in refused}
     rows = [_of_found(item, judged.get(id(item)), scene_of.get(id(item.source)), reasons.get(item.place), names) for item in found]
     known = {item.place for item in found}
-    rows += [_of_refused(item, names) for item in reasons.values() if item.place not in known and _is_volume(item)]
+    rows += [_of_refused(item, names) for item in refused if item.place not in known and _is_volume(item)]
     rows.sort(key=lambda row: (row["patient"], row["session"], row["scan"]))
     first: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: bool(row["status"] != "accepted")):

@@ -134,6 +134,17 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path, capsys: 
 
 
 @needs_real
+def test_real_dicom_of_many_kinds_is_catalogued_each_by_its_own_modality(tmp_path: Path) -> None:
+    assert main(["--data", str(REAL / "dicom" / "torchio_ct"), "--out", str(tmp_path / "ct")]) == 0
+    assert [(row["status"], row["modality"], row["sequence"]) for row in table(tmp_path / "ct")] == [("accepted", "CT", "CT")]
+    assert main(["--data", str(REAL / "dicom" / "pydicom_files"), "--out", str(tmp_path / "odd")]) == 0
+    rows = table(tmp_path / "odd")
+    assert all(row["format"] == "dicom" and row["patient"] and row["session"] for row in rows), "of what is refused it is known whose it is"
+    assert {row["code"] for row in rows if row["status"] == "rejected"} == {"single_slice"}
+    assert {row["code"] for row in rows if row["status"] == "ignored"} == {"not_an_image", "other_modality"}
+
+
+@needs_real
 def test_one_real_brain_in_eight_orders_of_axes_is_used_once(tmp_path: Path) -> None:
     assert main(["--data", str(REAL / "odd" / "nifti_orientations"), "--out", str(tmp_path / "out")]) == 0
     rows = table(tmp_path / "out")
