@@ -95,6 +95,7 @@ REASONS = {
     "no_foreground": Reason("Nothing in it is body", _EXCLUDE),
     "no_pixels": Reason("A DICOM file of a scan without pixels, or one that ends before them", _COPY, is_damage=True),
     "no_position": Reason("Nobody said where its slices lie", _EXPORT),
+    "no_segmentation": Reason("No DICOM segmentation can be made: it is no DICOM series, or lacks tags", "leave out dicom_seg"),
     "no_series": Reason("Nobody said which series it belongs to", _EXPORT),
     "no_spacing": Reason("Nobody said how large its pixels are", f"{_EXPORT}; or, of X-ray pictures, set reader.spacing_mm=null"),
     "not_an_image": Reason("DICOM, but no image that was measured (a report, contours, a segmentation)", "nothing"),

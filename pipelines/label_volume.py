@@ -16,6 +16,7 @@ from mae_core.case_sheet import PALETTE, CasePicture, Rgb, case_sheet
 from mae_core.export import Description
 from mae_core.figures import save_picture
 from mae_core.labelling import Source
+from modalities.dicom_seg import refuse_no_dicom, write_dicom_seg
 from modalities.patients import RESEARCH_USE
 from modalities.volume import VolumeScene, canonical
 from pipelines.label_job import STEPS, Job, Labelled, Stored
@@ -31,6 +32,8 @@ def label_volume(
     """
     about = job.labeller.description
     known = dict(about.classes)
+    if job.dicom_seg:
+        refuse_no_dicom(scene.sources[0])
     labels = np.empty(source.space, np.uint8)
     wanted = job.probabilities != "none"
     chances = np.empty((len(about.classes) if wanted else 0, *source.space), np.uint8 if job.probabilities == "uint8" else np.float32)
@@ -43,6 +46,8 @@ def label_volume(
     write_names(job, scene, place)
     if wanted:
         scene.write_probabilities(beside(place, "_probabilities.nii.gz"), chances, 1 / STEPS if job.probabilities == "uint8" else 1.0)
+    if job.dicom_seg:
+        write_dicom_seg(beside(place, "_seg.dcm"), scene.sources[0], scene.native(labels), about.classes, job.software)
     if job.sheets:
         save_picture(case_sheet(picture_of(scene, about, scene.native(labels))), beside(place, "_sheet.png"))
     values, numbers = np.unique(labels, return_counts=True)

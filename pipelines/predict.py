@@ -53,6 +53,9 @@ class PredictSettings(Settings):
         "none", description="Also write a raster or volume with a band per class: none, uint8 (in parts of 250, with its scale) or float32"
     )
     sheets: bool = Field(False, description="Also write a picture of every scan to check its labels by eye; it shows a patient")
+    dicom_seg: bool = Field(
+        False, description="Also write the labels of DICOM series as DICOM-SEG, which names the patient, as the standard wants (mode 0600)"
+    )
     compress: Literal["deflate", "zstd"] = Field("deflate", description="Of rasters; zstd is faster, old readers do not know it")
     bands: PredictBandSettings = PredictBandSettings()
     batch_size: int = Field(0, ge=0, description="Crops that are predicted at once; 0: as many as hold a quarter of a million voxels")
@@ -93,7 +96,7 @@ def work(settings: PredictSettings) -> int:
         bands = settings.bands.for_model(about)
         if bands.match not in (settings.bands.match, "name"):
             console.print(f"channels are matched by {bands.match}, as in the model's fine-tuning; bands.match=name: by their names alone")
-        how = (settings.probabilities, settings.compress, memory, program, settings.sheets)
+        how = (settings.probabilities, settings.compress, memory, program, settings.sheets, settings.dicom_seg)
         job = Job(labeller, sha256(folder / WEIGHTS), name, bands, *how)
         done, failed, seconds = label_all(job, places)
         tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)

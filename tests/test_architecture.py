@@ -52,7 +52,7 @@ HOMES = {
         "modalities/tile_file.py",
         "pipelines/benchmark_ceiling.py",
     ],
-    "pydicom": ["modalities/dicom_file.py", "modalities/dicom_pixels.py", "modalities/dicom_values.py"],
+    "pydicom": ["modalities/dicom_seg.py", "modalities/dicom_file.py", "modalities/dicom_pixels.py", "modalities/dicom_values.py"],
     "highdicom": ["modalities/dicom_seg.py"],
     "scipy": [
         "modalities/class_band.py",

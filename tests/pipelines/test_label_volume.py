@@ -102,3 +102,23 @@ def test_no_file_names_the_patient(run_folder: Path, tmp_path_factory: pytest.Te
     for path in (tmp_path / "out").iterdir():
         assert "MUSTERMANN" not in path.name
         assert b"MUSTERMANN" not in path.read_bytes()
+
+
+def test_a_dicom_segmentation_of_nifti_is_refused(
+    run_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--model",
+        str(run_folder),
+        "--data",
+        str(run_folder / "scans"),
+        "--out",
+        str(tmp_path / "out"),
+        "device=cpu",
+        "dicom_seg=true",
+    ]
+    assert predict.main([*words, f"tracking.uri={shared_tracking(tmp_path_factory)}"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "dicom_seg=true wants a DICOM series" in told
+    assert "MUSTERMANN" not in told
+    assert not list((tmp_path / "out").glob("*.dcm"))
