@@ -10,6 +10,7 @@ from modalities.medical import Duplicates
 from modalities.pseudonyms import Pseudonyms
 from modalities.volume import Refused, VolumeScene
 from modalities.volume_checks import Volume
+from modalities.xray import XrayScene
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,25 @@ def find_duplicates(volumes: Sequence[Volume], policy: Duplicates, names: Pseudo
         for copy in others
         if policy == "refuse"
     ]
-    dropped = {item.place for item in refused}
-    kept = tuple(volume for volume in volumes if volume.found.place not in dropped)
+    dropped = {id(copy) for _, *others in several for copy in others if policy == "refuse"}
+    kept = tuple(volume for volume in volumes if id(volume) not in dropped)
     return Unique(kept, tuple(refused), groups, _notes(several, groups, policy))
+
+
+def find_duplicate_pictures(scenes: Sequence[XrayScene], policy: Duplicates) -> tuple[list[XrayScene], dict[str, str], tuple[str, ...]]:
+    """Pictures that are used, with patients who share one as one; why others are not, by name; and lines to be told.
+
+    Of copies, the first by name is kept.
+    """
+    copies: defaultdict[str, list[XrayScene]] = defaultdict(list)
+    for scene in sorted(scenes, key=lambda scene: scene.name):
+        copies[scene.voxel_digests[0]].append(scene)
+    several = [found for found in copies.values() if len(found) > 1]
+    groups = joined([[scene.group for scene in found] for found in several])
+    refused = {copy.name: f"the same pixels as {first.name}, which is kept" for first, *others in several for copy in others}
+    refused = refused if policy == "refuse" else {}
+    kept = [replace(scene, group=groups.get(scene.group, scene.group)) for scene in scenes if scene.name not in refused]
+    return kept, refused, _notes(several, groups, policy) if several else ()
 
 
 def joined(links: Sequence[Sequence[str]]) -> dict[str, str]:
@@ -82,7 +99,7 @@ def _scan(volume: Volume, names: Pseudonyms) -> str:
     return names.of("scan", volume.found.place)
 
 
-def _notes(several: Sequence[Sequence[Volume]], groups: Mapping[str, str], policy: Duplicates) -> tuple[str, ...]:
+def _notes(several: Sequence[Sequence[object]], groups: Mapping[str, str], policy: Duplicates) -> tuple[str, ...]:
     num_copies = sum(len(found) - 1 for found in several)
     what = {"refuse": "are left out (reader.duplicates=refuse)", "keep": "are used as well (reader.duplicates=keep)"}[policy]
     notes = [f"{num_copies} copies of {len(several)} scans are there under other names and {what}"]

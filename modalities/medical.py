@@ -23,11 +23,14 @@ class ScanSettings(AdapterSettings):
         exclude: Patterns of file names or relative paths to leave out, as in a shell.
         group_pattern: Regular expression, searched in the relative path of a file that does not name the patient itself; its first group
             that matches does, whatever the case. Where nothing matches, the path without its sequence (`T1`, `FLAIR`…) does.
+        duplicates: What to do with a scan whose voxels are there under another name, in whatever order, unit or format: refuse all but
+            one, or keep them; the patients that they are of are on one side of every split in either case.
     """
 
     kind: str
     exclude: tuple[str, ...] = ()
     group_pattern: str = GROUP_PATTERN
+    duplicates: Duplicates = "refuse"
 
     @field_validator("group_pattern")
     @classmethod
@@ -74,8 +77,6 @@ class VolumeSettings(ScanSettings):
         defaced_where: Whether such a file marks by what is not zero, or by zero, as those do that a scan was multiplied with.
         anatomy: Pattern of NIfTI files that are not zero inside of the anatomy that matters (a brain). What lies outside is taken for
             background: it is fed, and is in no statistic and no pretraining loss; intensities are normalised over what lies inside.
-        duplicates: What to do with a scan whose voxels are there under another name, in whatever order, unit or format: refuse all but
-            one, or keep them; the patients that they are of are on one side of every split in either case.
     """
 
     spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
@@ -95,7 +96,6 @@ class VolumeSettings(ScanSettings):
     defaced: str | None = Field(default=None, min_length=1)
     defaced_where: Literal["not_zero", "zero"] = "not_zero"
     anatomy: str | None = Field(default=None, min_length=1)
-    duplicates: Duplicates = "refuse"
 
     @field_validator("spacing_mm")
     @classmethod

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from modalities.duplicates import find_duplicate_pictures
 from modalities.grey_png import SIGNATURE, png_space
 from modalities.grid import Grid
 from modalities.intensity import ends, robust_mean_std
@@ -19,6 +18,7 @@ from modalities.pseudonyms import Pseudonyms, pseudonyms
 from modalities.scene import Channel, Rejected, SceneError
 from modalities.spacing import Respacing
 from modalities.volume import reasons
+from modalities.voxel_digest import voxel_digest
 from modalities.xray import FoundPicture, PngPicture, XrayScene, exposed_of
 from modalities.xray_dicom import find_dicom_picture
 
@@ -36,6 +36,7 @@ class ScannedPictures:
 def scan_xrays(files: Sequence[Path], folder: Path, settings: XraySettings) -> ScannedPictures:
     """A scene for every usable picture among `files`, and every other one with its reason. Reads every picture whole."""
     names = pseudonyms()
+    places: dict[str, str] = {}
     scenes: list[XrayScene] = []
     rejected: list[Rejected] = []
     ignored: list[Path] = []
@@ -49,14 +50,17 @@ def scan_xrays(files: Sequence[Path], folder: Path, settings: XraySettings) -> S
                     ignored.append(file)
                     continue
                 scenes.append(examine_picture(found, settings, names))
+                places[scenes[-1].name] = place
                 unknown += found.spacing_mm is None
         except SceneError as error:
             rejected.append(Rejected(names.of("file", place), str(error), error.code == "other_modality", error.code))
+    scenes, copies, told = find_duplicate_pictures(scenes, settings.duplicates)
+    rejected += [Rejected(names.of("file", places[name]), reason, False, "duplicate") for name, reason in copies.items()]
     how = {"zscore": "z-score", "percentile": "0.5 to 99.5 percentile as 0 to 1, cut there,"}[settings.intensity]
     notes = [f"X-ray pictures are normalised one by one: {how} over what was exposed (reader.intensity); display windows: {settings.voi}"]
     if unknown:
         notes.append(f"nobody says how large a pixel is in {unknown} pictures: their lattice counts in pixels")
-    return ScannedPictures(tuple(scenes), tuple(rejected), tuple(ignored), tuple(notes))
+    return ScannedPictures(tuple(scenes), tuple(rejected), tuple(ignored), (*notes, *told))
 
 
 def find_picture(file: Path, place: str, settings: XraySettings) -> FoundPicture | None:
@@ -110,7 +114,7 @@ def examine_picture(found: FoundPicture, settings: XraySettings, names: Pseudony
         picture=found.picture,
         grid=Grid.from_matrix(respacing.target, matrix @ respacing.matrix, "", "index" if found.spacing_mm is None else "mm"),
         channels=(Channel(found.channel, scale=scale, offset=-middle * scale, unit=unit),),
-        voxel_digests=(_digest(stored, found.slope, found.intercept),),
+        voxel_digests=(voxel_digest(stored, np.isfinite(stored), sign * abs(found.slope), found.intercept),),
         dtype=stored.dtype,
         respacing=respacing,
         low=low,
@@ -124,9 +128,3 @@ def _shown(found: FoundPicture) -> tuple[float, float]:
         return -np.inf, np.inf
     low, high = sorted((value - found.intercept) / found.slope for value in found.window)
     return low, high
-
-
-def _digest(stored: NDArray[np.generic], slope: float, intercept: float) -> str:
-    """Digest of the physical values as float32: the same for a copy under another name."""
-    physical = (stored.astype(np.float64) * slope + intercept).astype(np.float32) + np.float32(0)
-    return hashlib.blake2b(str(stored.shape).encode() + np.ascontiguousarray(physical).tobytes(), digest_size=16).hexdigest()

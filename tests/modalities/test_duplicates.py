@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from modalities.catalogue import scan
 from modalities.duplicates import joined
-from modalities.medical import MriSettings
+from modalities.medical import MriSettings, XraySettings
 from modalities.volume_scan import Scanned, scan_volumes
+from modalities.xray_scan import scan_xrays
+from tests.synthetic_dicom import dicom_image, save
+from tests.synthetic_pictures import save_png, shades
 from tests.synthetic_volumes import OBLIQUE, REAL, head, needs_real, orientations, save_volume, turned
 
 REFUSE = MriSettings(spacing_mm=None)
@@ -117,3 +120,19 @@ def test_no_two_real_scans_are_taken_for_one(tmp_path: Path) -> None:
     digests = {scene.voxel_digests for scene in scanned.scenes}
     assert len(digests) == len(scanned.scenes) == 30
     assert found(tmp_path).scenes[0].voxel_digests in digests
+
+
+def test_copies_of_a_picture_are_found_whichever_way_its_grey_values_run(tmp_path: Path) -> None:
+    values = shades()
+    save(dicom_image(values, Modality="DX", PatientID="one"), tmp_path / "a")
+    other = (4095 - values).astype(np.uint16)
+    save(dicom_image(other, Modality="CR", PhotometricInterpretation="MONOCHROME1", PatientID="two"), tmp_path / "b")
+    save_png(tmp_path / "sub-3.png", values[:, ::-1].astype(np.uint16))
+    save_png(tmp_path / "sub-4.png", values[:-1].astype(np.uint16))
+    files = sorted(tmp_path.iterdir())
+    found_pictures = scan_xrays(files, tmp_path, XraySettings())
+    assert (len(found_pictures.scenes), [item.code for item in found_pictures.rejected]) == (2, ["duplicate"] * 2)
+    assert "3 patients share a scan and stay on one side of every split" in found_pictures.notes[-1]
+    kept = scan_xrays(files, tmp_path, XraySettings(duplicates="keep"))
+    groups = [scene.group for scene in kept.scenes]
+    assert (len(groups), len(set(groups))) == (4, 2)
