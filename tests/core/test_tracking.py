@@ -234,3 +234,30 @@ sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
     client = Tracker(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run").client
     (experiment,) = [found for found in client.search_experiments() if found.name == "terravox"]
     assert len(client.search_runs([experiment.experiment_id])) == 8
+
+
+def test_nothing_is_told_to_anybody_whatever_the_environment_says(tmp_path: Path) -> None:
+    """In a process of its own, since MLflow sends nothing where it sees pytest."""
+    script = """
+import socket, sys
+tried = []
+
+def refused(self, address):
+    tried.append(address)
+    raise ConnectionRefusedError(str(address))
+
+socket.socket.connect = socket.socket.connect_ex = refused
+from pathlib import Path
+from mae_core.tracking import Tracker, TrackingSettings
+with Tracker(TrackingSettings(system_metrics=False), Path(sys.argv[1])).run("quiet", None, {"a": 1}, {"source": "x"}) as run:
+    run.metrics({"loss": 1.0}, 1)
+from mlflow.telemetry.client import get_telemetry_client
+from mlflow.telemetry.utils import is_telemetry_disabled
+print(tried, get_telemetry_client(), is_telemetry_disabled())
+"""
+    signs = ("PYTEST", "CI", "GITHUB", "MLFLOW", "DO_NOT_TRACK")
+    kept = {key: value for key, value in environment().items() if not key.startswith(signs)}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    env = {**kept, "MLFLOW_DISABLE_TELEMETRY": "false"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout == "[] None True\n", result.stderr
