@@ -83,6 +83,10 @@ def test_anatomy_is_where_intensities_are_normalised_and_its_outside_is_backgrou
     assert np.array_equal(pixels[0], values), "what lies outside is fed"
     fed = pixels[0][brain == 1] * scene.channels[0].scale + scene.channels[0].offset
     assert abs(np.median(fed)) < 0.5
+    save_volume(tmp_path / "a_desc-deface_mask.nii.gz", face())
+    both = only(scanned(tmp_path, anatomy="*_brain.nii.gz", defaced=FACE))
+    assert both.foreground_fraction == (brain * (1 - face())).mean()
+    (tmp_path / "a_desc-deface_mask.nii.gz").unlink()
     save_volume(tmp_path / "a_brain.nii.gz", brain * 0)
     assert {item.code for item in scanned(tmp_path, anatomy="*_brain.nii.gz").rejected} == {"no_foreground", "marks_nothing"}
 
@@ -111,6 +115,12 @@ def test_files_find_the_scans_of_their_session_and_all_are_counted(tmp_path: Pat
 def test_one_file_for_a_folder_serves_its_scans_and_no_other(tmp_path: Path) -> None:
     for number, patient in enumerate("ab"):
         save_volume(tmp_path / patient / "T1.nii.gz", head(seed=number))
+    save_volume(tmp_path / "derivatives" / "sub-1" / "T1_desc-deface_mask.nii.gz", face())
+    for number in "12":
+        save_volume(tmp_path / f"sub-{number}" / "T1.nii.gz", head(seed=5 + int(number)))
+    assert [len(scene.files) for scene in scanned(tmp_path, defaced=FACE).scenes].count(2) == 1, "elsewhere, of the same patient alone"
+    for place in ("derivatives/sub-1/T1_desc-deface_mask", "sub-1/T1", "sub-2/T1"):
+        (tmp_path / f"{place}.nii.gz").unlink()
     save_volume(tmp_path / "a" / "face.nii.gz", face())
     found = scanned(tmp_path, defaced="face.nii.gz")
     assert sorted(len(scene.files) for scene in found.scenes) == [1, 2]

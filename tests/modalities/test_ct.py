@@ -73,6 +73,8 @@ def test_air_and_a_table_are_background_and_lungs_are_not() -> None:
     assert not body[values < -950].any()
     assert not body[8:16, 5].any(), "a table"
     assert body[(values == 40) | (values == -820)].all()
+    values[16, :20, 11] = values[8:24, 16, 11] = -1000
+    assert ct_body(values, values > -1500)[..., :11][(values == -820)[..., :11]].all(), "an open mouth lets no air into other planes"
     lung = np.full((12, 12, 12), -840, np.int16)
     assert ct_body(lung, np.ones(lung.shape, bool)).all(), "a crop from inside a lung"
 
