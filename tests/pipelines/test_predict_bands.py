@@ -11,13 +11,13 @@ import rasterio
 import torch
 
 from mae_core.bands import BandSettings
-from mae_core.export import Description, load_description, save_model
+from mae_core.export import Description, save_model
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.parallel import Parallel
 from mae_core.vit import Encoder
 from pipelines import predict
 from pipelines.bands import PredictBandSettings
-from pipelines.finetune_segmentation import FinetuneSettings, make_job, save_segmenter
+from pipelines.finetune_segmentation import FinetuneSettings, make_job, segmenter_description
 from pipelines.labelled import labelled_store
 from tests.pipelines.test_bands import NAMES, WAVES, about_of, images, pixels_of
 from tests.synthetic_rasters import north_up, write_raster
@@ -91,5 +91,5 @@ def test_fine_tuning_writes_it_down(tmp_path: Path) -> None:
         Parallel(0, 1, torch.device("cpu")),
         {"encoder_weights": "abc"},
     )
-    save_segmenter(job, segmenter(BandSettings())[0], tmp_path / "model", "pretrained", "run")
-    assert load_description(tmp_path / "model", "segmenter").bands == BandSettings(match="wavelength", max_distance_nm=30)
+    found = segmenter_description(job, "pretrained", "run").bands
+    assert found == BandSettings(match="wavelength", max_distance_nm=30)
