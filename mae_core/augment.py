@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae_core.artefacts import ArtefactSettings, degraded
 from mae_core.context import Context
+from mae_core.foreground import Foreground, origins_holding
 from mae_core.masking import (
     STREAM_CHANNEL,
     STREAM_CROP,
@@ -50,6 +51,17 @@ class AugmentSettings(Settings):
         if self.resized_crop is not None and not 0 < self.resized_crop[0] <= self.resized_crop[1] <= 1:
             raise ValueError(f"augment.resized_crop={list(self.resized_crop)} must be two rising shares in (0, 1]")
         return self
+
+
+class LabelledAugmentSettings(AugmentSettings):
+    """Augmentation of tiles with labels."""
+
+    foreground_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of crops placed on a labelled voxel that is no background (class 0, or the lowest), where the tile has one",
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Normaliser:
         augment: What is drawn; None gives the crop at the centre of the real data, unturned.
         footprint: Voxels of the last two axes that crops begin at a multiple of, so that no measurement of a coarse channel is cut.
         one_way: Number of leading axes that are never mirrored: time has a direction.
+        foreground: Crops that are placed on a labelled voxel; None: all are placed anywhere.
 
     Raises:
         ValueError: Crops would cut measurements, or windows are to be resized where a measurement fills several voxels.
@@ -135,6 +148,7 @@ class Normaliser:
     augment: AugmentSettings | None
     footprint: int = 1
     one_way: int = 0
+    foreground: Foreground | None = None
 
     def __post_init__(self) -> None:
         if any(size % part for size, part in zip(self.crop, self.block, strict=True)):
@@ -185,14 +199,29 @@ class Normaliser:
         return Batch(torch.where(keep, pixels, 0.0), quality, labels, present, raw.sample, context, complete)
 
     def origins(self, raw: RawBatch, zoom: Tensor | None = None) -> Tensor:
-        """First voxel of each crop `(batch, axis)`: anywhere that keeps it on real data as far as it reaches, and measurements whole."""
+        """First voxel of each crop `(batch, axis)`: anywhere that keeps it on real data as far as it reaches, and measurements whole.
+
+        A share of them is placed anywhere about a labelled voxel, if that is wanted.
+
+        Raises:
+            ValueError: That is wanted and there are no labels.
+        """
         size = torch.tensor(self.crop)
         window = size if zoom is None else (size * zoom[:, None]).ceil().long()
         block = torch.tensor(self.block)
         room = (raw.extent - window).clamp(min=0) // block
         if self.augment is None:
             return room // 2 * block
-        return counter_below(room + 1, self.seed, STREAM_CROP, *raw.sample.words(room.device), torch.arange(len(self.crop))) * block
+        origins = counter_below(room + 1, self.seed, STREAM_CROP, *raw.sample.words(room.device), torch.arange(len(self.crop))) * block
+        if self.foreground is None:
+            return origins
+        if raw.labels is None:
+            raise ValueError("crops are to be placed on labels and the tiles have none; leave out augment.foreground_fraction")
+        # A window that is resized shows every voxel that lies in it whole; of a last one that it cuts, the nearest may be another.
+        inside = size if zoom is None else (size * zoom[:, None]).floor().long().clamp(min=1)
+        drawn = raw.sample, self.seed
+        voxel, found = self.foreground.voxels(drawn, raw.labels, raw.quality, self.no_value, raw.place, room * block + inside)
+        return torch.where(found[:, None], origins_holding(voxel, inside, room, block, drawn), origins)
 
     def zoom(self, raw: RawBatch) -> Float[Tensor, " batch"] | None:
         """Side of each sample's window over that of the crop, or None where windows are not resized."""

@@ -20,6 +20,7 @@ from mae_core.settings import Settings, default_kind
 
 STREAM_ORDER, STREAM_CROP, STREAM_FLIP, STREAM_HIDE, STREAM_UNIT = range(1, 6)
 STREAM_DROP, STREAM_SCALE, STREAM_INTENSITY, STREAM_CHANNEL, STREAM_STEP, STREAM_WINDOW, STREAM_ARTEFACT = range(6, 13)
+STREAM_FOREGROUND = 13
 """First counter of each use, so that no two uses share their numbers."""
 
 _GOLDEN = -7046029254386353131

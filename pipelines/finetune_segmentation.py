@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from mae_core.augment import AugmentSettings
+from mae_core.augment import LabelledAugmentSettings
 from mae_core.bands import BandSettings
 from mae_core.case_metrics import CaseSettings
 from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
+from mae_core.foreground import Foreground
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
@@ -37,11 +38,11 @@ from modalities.label_file import LabelOptions
 from modalities.scene import SceneError
 from pipelines.bands import store_matching
 from pipelines.case_report import summary as case_summary
-from pipelines.case_report import tell_cases
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
 from pipelines.contamination import SeenSettings, TrainingData, Verdict, files_of, load_training_data, trained_on, verdict_facts, verdict_on
 from pipelines.crosswalk_option import CrosswalkPath
+from pipelines.finetune_report import tell
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
 from pipelines.label_volume import write_sheet
@@ -49,8 +50,8 @@ from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, 
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
-from pipelines.pretrain import spread, told, ui_command
-from pipelines.progress import console, mean_and_deviation, table, training
+from pipelines.pretrain import spread, told
+from pipelines.progress import console, training
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
@@ -83,7 +84,7 @@ class FinetuneSettings(SeenSettings):
     sheets: bool = Field(False, description="Write a picture of every held-out scan with both outlines; it shows a patient")
     head: HeadSettings = HeadSettings()
     prepare: PrepareSettings = PrepareSettings()
-    augment: AugmentSettings = AugmentSettings()
+    augment: LabelledAugmentSettings = LabelledAugmentSettings()
     loader: LoaderSettings = LoaderSettings(global_batch_size=16)
     optim: OptimSettings = OptimSettings(base_lr=8e-3, betas=(0.9, 0.999))
     train: TrainSettings = TrainSettings(steps=400, eval_steps=100)
@@ -174,9 +175,17 @@ def make_job(
         raise RunError(f"drop_path={settings.drop_path} passes by blocks of a ViT and this encoder is {about.encoder.kind}; leave it out")
     batch = settings.loader.micro_batch_size or settings.loader.global_batch_size // parallel.world
     task = labelled_task(settings, about, store, batch, parallel)
-    normaliser = replace(task.normaliser, seed=settings.train.seed, augment=settings.augment)
+    placed = foreground_of(settings, task)
+    normaliser = replace(task.normaliser, seed=settings.train.seed, augment=settings.augment, foreground=placed)
     task = replace(task, normaliser=normaliser, held_out=spread(task.held_out, settings.train.eval_tiles))
     return Job(settings, encoder, about, store, _labelled_rows(store, settings), task, parallel, config)
+
+
+def foreground_of(settings: FinetuneSettings, task: Segmentation) -> Foreground | None:
+    """What a share of the crops is placed on: all classes but 0, or but the lowest where there is no 0."""
+    background = 0 if 0 in (*task.values, *settings.ignore) else min(task.values)
+    fraction = settings.augment.foreground_fraction
+    return Foreground(fraction, tuple(value for value in task.values if value != background)) if fraction else None
 
 
 def _labelled_rows(store: TileStore, settings: FinetuneSettings) -> NDArray[np.int64]:
@@ -382,46 +391,6 @@ def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
         },
         "mlflow": {**told(tracker, registered), "encoder": parent.uri if parent else None},
     }
-
-
-def tell(result: dict[str, Any]) -> None:
-    """Print the table of both arms and what it means."""
-    figures = result["figures"]
-    arms, seeds, scores = figures["arms"], figures["seeds"], figures["held_out"]
-    rows = []
-    for name in (*figures["classes"], None):
-        cells = [name or "mean"]
-        for arm in arms:
-            for kind in ("dice", "iou"):
-                key = f"{kind}/{name}" if name else f"mean_{kind}"
-                cells.append(mean_and_deviation([scores[f"{arm}-seed{seed}"][key] for seed in seeds if key in scores[f"{arm}-seed{seed}"]]))
-        rows.append(cells)
-    where = "named regions" if figures.get("side") == "test" else "held-out groups"
-    table(f"{where}, {len(seeds)} seeds", ["class", *(f"{arm} {kind}" for arm in arms for kind in ("Dice", "IoU"))], rows)
-    if figures.get("confusion"):
-        tell_confusion(figures)
-    if figures.get("cases"):
-        tell_cases(figures["cases"])
-    console.print(
-        f"Dice and IoU: overlap of predicted and labelled voxels, 0 to 1, over all voxels of {where}, on which no arm was trained."
-    )
-    if len(arms) == 2:
-        gains = [scores[f"pretrained-seed{seed}"]["mean_dice"] - scores[f"scratch-seed{seed}"]["mean_dice"] for seed in seeds]
-        console.print(
-            f"pretrained − scratch, mean Dice: {mean_and_deviation(gains, sign='+')}; with {len(seeds)} seeds this is a hint, not a proof."
-        )
-    console.print(f"registered as {result['mlflow']['model']} ({result['mlflow']['alias']}), from encoder {result['mlflow']['encoder']}")
-    console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
-
-
-def tell_confusion(figures: dict[str, Any]) -> None:
-    """Print where the voxels of each class went, for the first arm and seed."""
-    name, counts = next(iter(figures["confusion"].items()))
-    rows = []
-    for labelled, row in zip(figures["classes"], counts, strict=True):
-        total = sum(row)
-        rows.append([labelled, str(total), *(f"{count / total:.1%}" if total else "none" for count in row)])
-    table(f"{name}: share of each class's held-out voxels by what was predicted", ["labelled", "voxels", *figures["classes"]], rows)
 
 
 def check(settings: FinetuneSettings) -> list[str]:

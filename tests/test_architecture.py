@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
-    "ground": "settings nd bands masking context positions targets hog errors artefacts augment attention native vit sparse_conv encoders",
+    "ground": "settings nd bands masking context positions targets hog errors artefacts foreground augment attention native vit "
+    "sparse_conv encoders",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel checkpoint export weights band_transfer published monai_export bootstrap case_metrics",
     "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "

@@ -9,19 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import torch
 from rasterio.features import shapes
 
 from mae_core.encoders import build_encoder
 from mae_core.export import Description, load_description, load_encoder, save_model
+from mae_core.loader import read_rows
+from mae_core.masking import Sample
 from mae_core.store import TileStore
 from mae_core.vit import EncoderSettings
 from modalities.quality import NO_VALUE
 from pipelines import finetune_segmentation
-from pipelines.finetune_segmentation import FinetuneSettings
+from pipelines.finetune_segmentation import FinetuneSettings, Job, make_job
 from pipelines.labelled import colours_of, labelled_store
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_vectors import box, write_features
-from tests.tiny_runs import quick, shared_tracking
+from tests.tiny_runs import ALONE, quick, shared_tracking
 
 __all__ = ["quick"]
 
@@ -165,3 +168,26 @@ def test_colours_of_a_raster_come_from_its_colour_table(world: tuple[Path, str],
     store = store_of(folder, tmp_path)
     assert store.attributes["class_colours"] == {"1": [200, 0, 0], "2": [0, 0, 200], "3": [0, 100, 0]}
     assert colours_of(settings, store, (1, 3)) == ((200, 0, 0), (0, 100, 0))
+
+
+@pytest.mark.parametrize(("ignore", "classes"), [((), (2, 3)), ((2,), (3,)), ((0, 2), (1, 3))])
+def test_crops_of_training_are_placed_on_labels_that_are_no_background(
+    world: tuple[Path, str], ignore: tuple[int, ...], classes: tuple[int, ...]
+) -> None:
+    folder, _ = world
+    encoder, about = load_encoder(folder / "encoder" / "model")
+    store = store_of(folder, folder / "labels")
+    words = {"encoder": "e", "data": folder, "labels": folder, "out": folder / "out", "crop": (4, 4), "ignore": ignore}
+
+    def job(fraction: float) -> Job:
+        settings = FinetuneSettings.model_validate(words | {"augment": {"foreground_fraction": fraction}})
+        return make_job(settings, encoder, about, store, ALONE, {})
+
+    assert job(0.0).task.normaliser.foreground is None
+    task, rows = job(1.0).task, np.arange(len(store))
+    raw = read_rows(store, rows, Sample(*[torch.from_numpy(rows)] * 3))
+    assert raw.labels is not None
+    there = torch.isin(raw.labels, torch.tensor(classes)).flatten(1).any(dim=1)
+    assert there.any()
+    batch = task.normaliser(raw, ALONE.device)
+    assert torch.equal(torch.isin(batch.labels, torch.tensor(classes)).flatten(1).any(dim=1), there)
