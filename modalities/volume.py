@@ -319,7 +319,7 @@ def reasons() -> Iterator[None]:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise SceneError(f"damaged gzip: {error}; copy it again", "damaged_gzip") from error
     except OSError as error:
-        raise SceneError(f"cannot be read: {error.strerror or error}", "unreadable") from error
+        raise SceneError(f"cannot be read: {error.strerror or type(error).__name__}", "unreadable") from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from modalities.scene import SceneError
 from modalities.volume_account import by_reason, by_sequence, flags, num_distinct, num_status
 from modalities.volume_rows import COLUMNS
 from pipelines.command_line import run
-from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
+from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RunError, begin, finish, recorded
@@ -46,6 +46,7 @@ class CatalogueVerb(Settings):
 def work(settings: CatalogueVerb) -> int:
     """Do it."""
     config = recorded(settings, settings.reader.kind)
+    refuse_inside(settings.data, settings.reader.kind, out=settings.out, crosswalk=settings.crosswalk)
     refuse_crosswalk(settings.crosswalk, settings.reader.kind, settings.out, TrackingSettings())
     begin(settings.out, "catalogue", config, may_differ=flatten(config))
     started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from pydantic import Field, field_validator
 
 from mae_core.settings import Settings
 from modalities.patients import of_patients
+from modalities.scene import SceneError
 from pipelines import pretrain_mri, pretrain_sentinel, probe
 from pipelines.command_line import run
+from pipelines.crosswalk_option import refuse_inside
 from pipelines.labelled import missing
 from pipelines.progress import console, mean_and_deviation, table
 from pipelines.run_folder import RunError, begin, finish, recall, recorded
@@ -44,9 +47,11 @@ class CompareSettings(Settings):
 
 def work(settings: CompareSettings) -> int:
     """Do it."""
+    refuse_inside(settings.data, settings.modality, out=settings.out)
     config = recorded(settings, settings.modality)
-    for name in ("pretraining", "probing"):
-        config[name] = [word for word in config[name] if not (of_patients(settings.modality) and "reader.exclude" in word)]
+    if of_patients(settings.modality):
+        config |= {name: _told(config[name]) for name in ("pretraining", "probing")}
+        config["variants"] = {name: _told(words) for name, words in config["variants"].items()}
     done = begin(settings.out, "compare", config, ())
     if done is None:
         figures: dict[str, Any] = {}
@@ -56,6 +61,11 @@ def work(settings: CompareSettings) -> int:
         done = finish(settings.out, "compare", config, {"figures": figures})
     tell(done["figures"])
     return 0
+
+
+def _told(words: Sequence[str]) -> list[str]:
+    """Words of a command line without those that can name a patient: patterns of files, and places."""
+    return [word for word in words if "reader.exclude" not in word and os.sep not in word]
 
 
 def one(settings: CompareSettings, name: str, seed: int) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def check(settings: CompareSettings) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; its exit code."""
-    return run("compare", CompareSettings, work, check=check, description=DESCRIPTION, expected=(RunError,), argv=argv)
+    return run("compare", CompareSettings, work, check=check, description=DESCRIPTION, expected=(SceneError, RunError), argv=argv)
 
 
 if __name__ == "__main__":

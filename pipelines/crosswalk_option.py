@@ -1,4 +1,4 @@
-"""The crosswalk that a user of a verb asks for: where it may lie, and what it holds."""
+"""Where a verb may write that reads patients' files: outside of their archive; and the crosswalk that its user asks for."""
 
 from __future__ import annotations
 
@@ -22,6 +22,26 @@ CrosswalkPath = Annotated[
         "Outside of runs, stores and MLflow; an earlier one keeps its rows"
     ),
 ]
+
+
+def refuse_inside(data: Path | None, kind: str, **written: Path | None) -> None:
+    """Stops, before anything is read, where something would be written among patients' files, to be handed on with them or read as one.
+
+    Args:
+        data: Folder of the files; where it is a single file, nobody can tell what the archive is.
+        kind: Of the files.
+        written: Files and folders by the name of their setting.
+
+    Raises:
+        SceneError: One lies there; the message names no path.
+    """
+    if data is None or not of_patients(kind) or not data.is_dir():
+        return
+    for name, place in written.items():
+        if place is not None and place.resolve().is_relative_to(data.resolve()):
+            raise SceneError(
+                f"--{name} lies in --data, where patients' files are, which are read and never written to; choose a place outside of it"
+            )
 
 
 def refuse_crosswalk(path: Path | None, kind: str, out: Path, tracking: TrackingSettings, stores: Iterable[Path] = ()) -> None:

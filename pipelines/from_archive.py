@@ -10,7 +10,7 @@ from pydantic import Field
 from mae_core.store import TileStore
 from modalities.catalogue import ReaderSettings
 from modalities.scene import SceneError
-from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
+from pipelines.crosswalk_option import refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, scan_told, store_attributes
@@ -36,6 +36,7 @@ def pretrain_archive(recipe: ArchiveRecipe, reader: ReaderSettings, settings: Pr
     """
     crosswalk: Path | None = getattr(recipe, "crosswalk", None)
     stores = [] if recipe.store is None else [recipe.store]
+    refuse_inside(recipe.data, reader.kind, out=recipe.out, store=recipe.store, crosswalk=crosswalk)
     refuse_crosswalk(crosswalk, reader.kind, recipe.out, recipe.tracking, stores)
     catalogue = scan_told(recipe.data, reader, settings.num_workers)
     tell_crosswalk(crosswalk, catalogue, recipe.out, recipe.tracking, stores)

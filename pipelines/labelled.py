@@ -27,7 +27,7 @@ from modalities.patients import PSEUDONYM_KEY
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
 from pipelines.contamination import TrainingData, block_words, preferred
-from pipelines.crosswalk_option import refuse_crosswalk, tell_crosswalk
+from pipelines.crosswalk_option import refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes, usual_tile
@@ -132,6 +132,7 @@ def labelled_data(settings: Labelled, about: Description, seen: TrainingData | N
     """
     reader = _without_labels(reader_of(about, settings.reader), settings)
     crosswalk: Path | None = getattr(settings, "crosswalk", None)
+    refuse_inside(settings.data, reader.kind, out=settings.out, crosswalk=crosswalk)
     refuse_crosswalk(crosswalk, reader.kind, settings.out, settings.tracking)
     catalogue = scan(settings.data, reader)
     group_pattern = reader.group_pattern if isinstance(reader, VolumeSettings) else GROUP_PATTERN

@@ -27,7 +27,7 @@ from modalities.patients import of_patients
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.bands import PredictBandSettings, scene_matching, tell_bands
 from pipelines.command_line import run
-from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
+from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.label_job import Job, Labelled, Stored
 from pipelines.label_scene import beside, label_scene
 from pipelines.prepare import VOLUMES, tell_catalogue
@@ -71,6 +71,7 @@ def work(settings: PredictSettings) -> int:
     folder, registered = model_folder(settings.model, settings.tracking, settings.out)
     model, about = load_segmenter(folder)
     reader = reader_of(about, settings.reader)
+    refuse_inside(settings.data, reader.kind, out=settings.out, crosswalk=settings.crosswalk)
     refuse_crosswalk(settings.crosswalk, reader.kind, settings.out, settings.tracking)
     catalogue = scan(settings.data, reader)
     tell_catalogue(catalogue)
@@ -273,6 +274,7 @@ def check(settings: PredictSettings) -> list[str]:
         reader = reader_of(about, settings.reader)
         if absent := missing_paths(reader.kind, {"data": settings.data}):
             return absent
+        refuse_inside(settings.data, reader.kind, out=settings.out, crosswalk=settings.crosswalk)
         refuse_crosswalk(settings.crosswalk, reader.kind, settings.out, settings.tracking)
         places = targets(scan(settings.data, reader), settings)
         for scene, _ in places:

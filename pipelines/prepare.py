@@ -21,7 +21,7 @@ from modalities.pseudonyms import pseudonyms
 from modalities.quality import NO_VALUE, Quality
 from modalities.scene import LabelMap, SceneError
 from pipelines.command_line import run
-from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, tell_crosswalk
+from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.preparation import PreparationError, PreparationReport, PrepareSettings, prepare
 from pipelines.preparation_extension import listed
 from pipelines.preparation_forecast import Forecast
@@ -191,6 +191,7 @@ def work(settings: PrepareVerb) -> int:
     """Do it."""
     from mae_core.store_sheet import sheet_to
 
+    refuse_inside(settings.data, settings.modality, out=settings.out, crosswalk=settings.crosswalk)
     refuse_crosswalk(settings.crosswalk, settings.modality, settings.out, settings.tracking)
     catalogue = scan_told(settings.data, settings.reader, settings.prepare.num_workers)
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)

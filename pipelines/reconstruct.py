@@ -33,6 +33,7 @@ from modalities.cog import BLOCK, Layout, OnMap, RasterBand, RasterWriter, littl
 from modalities.scene import Rejected, Scene, SceneError, fingerprint
 from pipelines.bands import scene_matching, tell_bands
 from pipelines.command_line import run
+from pipelines.crosswalk_option import refuse_inside
 from pipelines.label_scene import source_of
 from pipelines.prepare import tell_catalogue
 from pipelines.pretrain import PretrainRecipe
@@ -112,7 +113,9 @@ class Errors:
 def work(settings: ReconstructSettings) -> int:
     """Do it; 1 if a scene failed."""
     recipe, about = opened_run(settings.run)
-    catalogue = scan(settings.data, reader_of(about, settings.reader))
+    reader = reader_of(about, settings.reader)
+    refuse_inside(settings.data, reader.kind, out=settings.out)
+    catalogue = scan(settings.data, reader)
     tell_catalogue(catalogue)
     places = targets(catalogue, settings)
     errors, failed = Errors(), list[Rejected]()

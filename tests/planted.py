@@ -6,18 +6,22 @@ import base64
 import gzip
 import hashlib
 import io
+import logging
 import re
 import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from mae_core.store import TileStore
+from modalities.grid import Window
+from modalities.volume import VolumeScene
 
 IDENTIFIERS = {
     "patient name": "Quixpatrick",
@@ -42,8 +46,23 @@ IDENTIFIERS = {
 """What must be found nowhere, by what it is; each is written nowhere else."""
 
 
+def fail_over(file: Path) -> NoReturn:
+    """A bug, and a library, that talk of a file while it is read."""
+    logging.getLogger("nibabel.global").error("%s is odd", file)
+    cause = OSError(5, "Input/output error", str(file))
+    raise RuntimeError(f"{file} of {IDENTIFIERS['patient name']}") from cause
+
+
+class QuotingScene(VolumeScene):
+    """A scene that cannot be read, in whatever process."""
+
+    def read(self, window: Window) -> NoReturn:
+        del window
+        fail_over(self.files[0])
+
+
 def spellings(text: str) -> Iterator[bytes]:
-    """Every form in which a text could stand in a file: as it is, wide, quoted, in hexadecimal, in base64 at any offset, as a digest."""
+    """Every form in which a text could stand in a file: as it is, wide, quoted, in hexadecimal, in base64 at any offset."""
     for form in {text.lower(), text.casefold()}:
         yield form.encode()
         yield form.encode("utf-16-le")[:-1]  # the same bytes stand in the other byte order
@@ -53,33 +72,52 @@ def spellings(text: str) -> Iterator[bytes]:
         for start in range(3):
             whole = base64.b64encode(bytes(start) + form.encode())
             yield whole[-(-start * 8 // 6) : -4].lower()
-        for name in ("md5", "sha1", "sha256", "blake2b"):
-            yield hashlib.new(name, form.encode()).hexdigest()[:16].encode()
+
+
+def digests(texts: Iterable[str]) -> frozenset[bytes]:
+    """What digests of some texts without a key begin with, in hexadecimal."""
+    forms = {form.encode() for text in texts for form in (text, text.lower())}
+    usual = {hashlib.new(name, form).hexdigest()[:16].encode() for form in forms for name in ("md5", "sha1", "sha256", "sha512")}
+    sizes = (8, 16, 20, 32, 64)
+    return frozenset(usual | {hashlib.blake2b(form, digest_size=size).hexdigest()[:16].encode() for form in forms for size in sizes})
+
+
+def texts_of(archive: Path) -> set[str]:
+    """Whatever of an archive might be taken a digest of: paths, whole and from any folder on, names of files, and the parts of names."""
+    texts: set[str] = set()
+    for path in archive.rglob("*"):
+        parts = path.parts
+        texts |= {"/".join(parts[start:]) for start in range(1, len(parts))}
+        texts |= {str(path), path.as_uri(), path.name, path.name.partition(".")[0], path.stem}
+        texts |= {part for word in re.split(r"[_.]", path.name) for part in (word, word.partition("-")[2])}
+    return {text for text in texts if len(text) > 6}
 
 
 WANTED = {what: tuple(set(spellings(text))) for what, text in IDENTIFIERS.items()}
-_ANY = re.compile(b"|".join(re.escape(form) for forms in WANTED.values() for form in sorted(forms)))
+DIGESTS = {what: digests([text]) for what, text in IDENTIFIERS.items()}
+_HEXADECIMAL = re.compile(rb"[0-9a-f]{16,}")
 
 
-def named_in(data: bytes) -> set[str]:
-    """Which identifiers stand in some bytes, in any of their forms."""
+def named_in(data: bytes, more: Collection[bytes] = ()) -> set[str]:
+    """Which identifiers stand in some bytes, in any of their forms; `more` are beginnings of digests that may not stand there either."""
     low = data.lower()
-    if not _ANY.search(low):
-        return set()
-    return {what for what, forms in WANTED.items() if any(form in low for form in forms)}
+    hits = {what for what, forms in WANTED.items() if any(form in low for form in forms)}
+    numbers = b" ".join(_HEXADECIMAL.findall(low))
+    hits |= {what for what, wanted in DIGESTS.items() if any(digest in numbers for digest in wanted)}
+    return hits | ({"a digest"} if any(digest in numbers for digest in more) else set())
 
 
-def found_in(folders: Iterable[Path]) -> dict[str, set[str]]:
-    """Identifiers by file, in names and bytes of all files of some folders, unpacked as far as they can be."""
+def found_in(folders: Iterable[Path], more: Collection[bytes] = ()) -> dict[str, set[str]]:
+    """Identifiers by file, in names and bytes of all files of some folders, unpacked as far as they can be; `more` as in `named_in`."""
     found: dict[str, set[str]] = {}
     for folder in folders:
         for path in [folder, *sorted(folder.rglob("*"))]:
             inside = path.relative_to(folder.parent).as_posix()
-            hits = named_in(inside.encode())
+            hits = named_in(inside.encode(), more)
             if path.is_file() and not path.is_symlink():
-                hits |= {hit for data in layers(path.read_bytes(), path) for hit in named_in(data)}
+                hits |= {hit for data in layers(path.read_bytes(), path) for hit in named_in(data, more)}
             if path.is_dir() and (path / "manifest.json").is_file() and (path / "zarr.json").is_file():
-                hits |= {hit for data in tiles(path) for hit in named_in(data)}
+                hits |= {hit for data in tiles(path) for hit in named_in(data, more)}
             if hits:
                 found[inside] = hits
     return found
@@ -92,6 +130,8 @@ def tiles(store: Path) -> Iterator[bytes]:
         tile = opened.read(row)
         yield np.ascontiguousarray(tile.pixels).tobytes()
         yield np.ascontiguousarray(tile.quality).tobytes()
+        if tile.labels is not None:
+            yield np.ascontiguousarray(tile.labels).tobytes()
 
 
 def layers(data: bytes, path: Path) -> Iterator[bytes]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import json
 import logging
 import sqlite3
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from modalities.volume import VolumeScene
-from pipelines import finetune_segmentation, predict, prepare, pretrain, pretrain_mri
-from tests.planted import IDENTIFIERS, WANTED, found_in, named_in
+from mae_core.store import TileStore
+from modalities.catalogue import scan
+from modalities.volume import Found, VolumeScene
+from pipelines import catalogue, compare, finetune_segmentation, predict, prepare, pretrain, pretrain_mri, probe, reconstruct
+from pipelines.withheld import discreet
+from tests.planted import IDENTIFIERS, WANTED, QuotingScene, digests, fail_over, found_in, named_in, texts_of
 from tests.synthetic_dicom import AXIAL, write_series
 from tests.synthetic_volumes import broken, save_volume
 from tests.tiny_runs import one_thread, quick, shared_tracking
@@ -59,9 +65,10 @@ class World:
     crosswalk: Path
     uri: str
 
-    def run(self, verb: Callable[[list[str]], int], out: str, *words: str, reads: bool = True) -> int:
-        data = ["--data", str(self.archive / "images")] if reads else []
-        return verb([*data, "--out", str(self.made / out), f"tracking.uri={self.uri}", *words])
+    def run(self, verb: Callable[[list[str]], int], out: str, *words: str, reads: bool = True, tracked: bool = True) -> int:
+        given = ["--data", str(self.archive / "images")] if reads else []
+        given += [f"tracking.uri={self.uri}"] if tracked else []
+        return verb([*given, "--out", str(self.made / out), *words])
 
 
 def plant(archive: Path) -> None:
@@ -118,31 +125,38 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(archive, made, base / "crosswalk.csv", shared_tracking(tmp_path_factory))
 
 
-def boom(scene: VolumeScene, window: Any) -> Any:
-    """A bug and a library that talk of a file while it is read."""
-    del window
-    logging.getLogger("nibabel.global").error("%s is odd", scene.files[0])
-    cause = OSError(5, "Input/output error", str(scene.files[0]))
-    raise RuntimeError(f"{scene.files[0]} of {IDENTIFIERS['patient name']}") from cause
+def while_judged(found: Found, *rest: Any) -> Any:
+    del rest
+    fail_over(found.source.files[0])
+
+
+def while_trained(store: TileStore, rows: Any) -> Any:
+    del store, rows
+    fail_over(Path(IDENTIFIERS["file"]))
 
 
 def the_whole_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verb with a failure and then as it should be."""
-    labels = ["--labels", str(world.archive / IDENTIFIERS["label file"])]
-    (world.made / "file").write_text("in the way")
-    assert world.run(prepare.main, "file/store", "modality=mri", *TINY[-3:], *READER) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(VolumeScene, "read", boom)
-        assert world.run(prepare.main, "failed", "modality=mri", *TINY[-3:], *READER) == 1
-    assert world.run(prepare.main, "store", "modality=mri", *TINY[-3:], *READER, f"reader.exclude=[x{IDENTIFIERS['file']}*]") == 0
-    store = ["--store", str(world.made / "store")]
-    assert world.run(pretrain.main, "file", *store, *TINY[:6], *ENCODER, reads=False) == 1
+        patch.setattr("modalities.volume_scan.examine", while_judged)
+        assert world.run(catalogue.main, "table", *READER, tracked=False) == 1
+    assert world.run(catalogue.main, "table", *READER, f"--crosswalk={world.made / 'table' / 'names.csv'}", tracked=False) == 1
+    assert world.run(catalogue.main, "table", *READER, f"--crosswalk={world.crosswalk}", tracked=False) == 0
+    stored = ["modality=mri", *TINY[-3:], *READER, f"reader.exclude=[x{IDENTIFIERS['file']}*]"]
+    with monkeypatch.context() as patch:
+        patch.setattr(VolumeScene, "read", QuotingScene.read)
+        assert world.run(prepare.main, "store", *stored) == 1
+    assert world.run(prepare.main, "store", *stored, f"--crosswalk={world.crosswalk}") == 0
+    train = ["--store", str(world.made / "store"), *TINY[:6], *ENCODER]
+    with monkeypatch.context() as patch:
+        patch.setattr(TileStore, "fetch", while_trained)
+        assert world.run(pretrain.main, "encoder", *train, reads=False) == 1
+    assert world.run(pretrain.main, "encoder", *train, reads=False) == 0
     line = [*TINY, *ENCODER, *READER]
-    assert world.run(pretrain_mri.main, "encoder", *line, f"--dat={world.archive}") == 2
-    assert world.run(pretrain_mri.main, "encoder", *line, "--print-config") == 0
-    assert world.run(pretrain_mri.main, "encoder", *line, f"--crosswalk={world.made / 'encoder' / 'names.csv'}") == 1
-    assert world.run(pretrain_mri.main, "encoder", *line, f"--crosswalk={world.crosswalk}") == 0
-    tune = [*TINY, "head.features=4", "overlap=0.1", "--encoder", str(world.made / "encoder")]
+    assert world.run(pretrain_mri.main, "other", *line, f"--dat={world.archive}") == 2
+    assert world.run(pretrain_mri.main, "other", *line, "--print-config") == 0
+    tune = [*TINY, "init=pretrained", "head.features=4", "overlap=0.1", "--encoder", str(world.made / "encoder")]
+    labels = ["--labels", str(world.archive / IDENTIFIERS["label file"])]
     first = min((world.archive / IDENTIFIERS["label file"]).iterdir())
     sound = first.read_bytes()
     broken(first, lambda data: data[:-30])
@@ -153,9 +167,49 @@ def the_whole_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     label = ["--model", str(world.made / "segmenter"), "overlap=0.1"]
     assert predict.main(["--data", str(world.archive / "absent"), "--out", str(world.made / "found"), *label]) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(VolumeScene, "read", boom)
+        patch.setattr(VolumeScene, "read", QuotingScene.read)
+        assert world.run(predict.main, "found", *label) == 1
+    with vanishing("predict"):
         assert world.run(predict.main, "found", *label) == 1
     assert world.run(predict.main, "found", *label) == 0
+
+
+@contextmanager
+def vanishing(verb: str) -> Iterator[None]:
+    """A scene's file is gone as soon as a verb has looked at it, and back at the end."""
+    places: list[tuple[Path, Path]] = []
+
+    def scanned(*words: Any, **more: Any) -> Any:
+        found = scan(*words, **more)
+        file = found.scenes[0].files[0]
+        places.append((file.rename(file.with_name("gone")), file))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"pipelines.{verb}.scan", scanned)
+        yield
+    for gone, file in places:
+        gone.rename(file)
+
+
+def nothing_goes_into_the_archive(world: World) -> None:
+    """No verb that reads patients' files writes among them."""
+    images = world.archive / "images"
+    before = sorted(images.rglob("*"))
+    out = str(images / IDENTIFIERS["folder"] / "run")
+    told = ["--labels", str(world.archive / IDENTIFIERS["label file"]), "--encoder", str(world.made / "encoder")]
+    assert world.run(catalogue.main, out, tracked=False) == 1
+    assert world.run(catalogue.main, "new", f"--crosswalk={images / 'names.csv'}", tracked=False) == 1
+    assert world.run(prepare.main, str(images), "modality=mri") == 1
+    assert world.run(pretrain_mri.main, out) == 1
+    assert world.run(pretrain_mri.main, "new", f"--store={out}") == 1
+    assert world.run(finetune_segmentation.main, out, *told) == 1
+    assert world.run(probe.main, out, *told) == 1
+    assert world.run(compare.main, out, "modality=mri", *told[:2], tracked=False) == 1
+    assert world.run(predict.main, out, "--model", str(world.made / "segmenter")) == 1
+    assert world.run(reconstruct.main, out, "--run", str(world.made / "encoder"), tracked=False) == 1
+    assert sorted(images.rglob("*")) == before
+    assert not (world.made / "new").exists()
 
 
 def test_a_whole_line_with_failures_writes_and_says_no_identifier(
@@ -163,15 +217,20 @@ def test_a_whole_line_with_failures_writes_and_says_no_identifier(
 ) -> None:
     with one_thread(), caplog.at_level(logging.DEBUG):
         the_whole_line(world, monkeypatch)
+        nothing_goes_into_the_archive(world)
     out, errors = capfd.readouterr()
     assert "scan-" in out
-    assert "OSError, message withheld" in errors
+    assert errors.count("RuntimeError, message withheld") == 4
+    assert errors.count("OSError, message withheld") == 4
+    assert errors.count("lies in --data, where patients' files are") == 10
     assert "message is withheld" in caplog.text
+    assert "not labelled scan-" in out
+    more = digests(texts_of(world.archive))
     for said in (out, errors, caplog.text):
-        lines = [line for line in said.splitlines() if named_in(line.encode())]
+        lines = [line for line in said.splitlines() if named_in(line.encode(), more)]
         assert not lines, "\n".join(lines)
     tracked = Path(world.uri.removeprefix("sqlite:///")).parent
-    assert found_in([world.made, tracked]) == {}
+    assert found_in([world.made, tracked], more) == {}
     assert {path.name[:5] for path in (world.made / "found").glob("*.nii.gz")} == {"scan-"}
     assert not [path for path in (*world.made.rglob("*.png"), *tracked.rglob("*.png")) if b"planted" in str(path).encode()]
     assert world.crosswalk.stat().st_mode & 0o777 == 0o600
@@ -183,9 +242,29 @@ def test_a_whole_line_with_failures_writes_and_says_no_identifier(
     assert "not a medical device" in (world.made / "segmenter" / "model" / "README.md").read_text()
 
 
-def test_the_library_that_warns_is_not_quoted(capfd: pytest.CaptureFixture[str]) -> None:
-    from pipelines.withheld import discreet
+def test_workers_and_files_that_vanish_are_told_without_names(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["modality=mri", *TINY[-3:], *READER, "prepare.tiles_per_shard=1"]
+    with vanishing("prepare"):
+        assert world.run(prepare.main, "vanished", *words) == 1
+    assert "a file cannot be read any more: No such file or directory" in capfd.readouterr().err
 
+    def scanned(*rest: Any, **more: Any) -> Any:
+        found = scan(*rest, **more)
+        return replace(found, scenes=tuple(QuotingScene(**vars(scene)) for scene in found.scenes))
+
+    monkeypatch.setattr("pipelines.prepare.scan", scanned)
+    assert world.run(prepare.main, "worker", *words, "prepare.num_workers=1") == 1
+    errors = capfd.readouterr().err
+    assert "caused by OSError, message withheld" in errors
+    assert "nibabel.global: a message is withheld" in errors
+    lines = [line for line in errors.splitlines() if named_in(line.encode(), digests(texts_of(world.archive)))]
+    assert not lines, "\n".join(lines)
+    assert found_in([world.made]) == {}
+
+
+def test_the_library_that_warns_is_not_quoted(capfd: pytest.CaptureFixture[str]) -> None:
     with discreet(private=True), warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn(IDENTIFIERS["patient name"], UserWarning, stacklevel=1)
@@ -200,9 +279,13 @@ FORMS: dict[str, Callable[[str], bytes]] = {
     "upper": lambda text: text.upper().encode(),
     "utf-16": lambda text: text.encode("utf-16-be"),
     "hex": lambda text: text.encode().hex().encode(),
-    "base64": lambda text: __import__("base64").b64encode(b"ab" + text.encode() + b"yz"),
-    "md5": lambda text: __import__("hashlib").md5(text.encode()).hexdigest().encode(),
-    "blake2b": lambda text: __import__("hashlib").blake2b(text.encode()).hexdigest().encode(),
+    "base64": lambda text: base64.b64encode(b"ab" + text.encode() + b"yz"),
+    "md5": lambda text: hashlib.md5(text.encode()).hexdigest().encode(),
+    "sha1": lambda text: hashlib.sha1(text.encode()).hexdigest()[:20].encode(),
+    "sha256": lambda text: hashlib.sha256(text.encode()).hexdigest().upper().encode(),
+    "blake2b": lambda text: hashlib.blake2b(text.encode()).hexdigest().encode(),
+    "blake2b-256": lambda text: hashlib.blake2b(text.encode(), digest_size=32).hexdigest().encode(),
+    "blake2b-64": lambda text: hashlib.blake2b(text.encode(), digest_size=8).hexdigest().encode(),
 }
 
 
