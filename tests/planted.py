@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import logging
+import multiprocessing
 import re
 import sqlite3
 import zipfile
@@ -18,6 +19,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mae_core.store import TileStore
 from modalities.grid import Window
@@ -54,10 +56,11 @@ def fail_over(file: Path) -> NoReturn:
 
 
 class QuotingScene(VolumeScene):
-    """A scene that cannot be read, in whatever process."""
+    """A scene that can be read in the first process alone, where a part of a preparation is tried, and not in a worker's."""
 
-    def read(self, window: Window) -> NoReturn:
-        del window
+    def read(self, window: Window) -> tuple[NDArray[np.generic], NDArray[np.uint8]]:
+        if multiprocessing.parent_process() is None:
+            return super().read(window)
         fail_over(self.files[0])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -125,12 +125,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(archive, made, base / "crosswalk.csv", shared_tracking(tmp_path_factory))
 
 
-def while_judged(found: Found, *rest: Any) -> Any:
+def while_read(scene: VolumeScene, window: Any) -> NoReturn:
+    del window
+    fail_over(scene.files[0])
+
+
+def while_judged(found: Found, *rest: Any) -> NoReturn:
     del rest
     fail_over(found.source.files[0])
 
 
-def while_trained(store: TileStore, rows: Any) -> Any:
+def while_trained(store: TileStore, rows: Any) -> NoReturn:
     del store, rows
     fail_over(Path(IDENTIFIERS["file"]))
 
@@ -144,7 +149,7 @@ def the_whole_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.run(catalogue.main, "table", *READER, f"--crosswalk={world.crosswalk}", tracked=False) == 0
     stored = ["modality=mri", *TINY[-3:], *READER, f"reader.exclude=[x{IDENTIFIERS['file']}*]"]
     with monkeypatch.context() as patch:
-        patch.setattr(VolumeScene, "read", QuotingScene.read)
+        patch.setattr(VolumeScene, "read", while_read)
         assert world.run(prepare.main, "store", *stored) == 1
     assert world.run(prepare.main, "store", *stored, f"--crosswalk={world.crosswalk}") == 0
     train = ["--store", str(world.made / "store"), *TINY[:6], *ENCODER]
@@ -167,7 +172,7 @@ def the_whole_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     label = ["--model", str(world.made / "segmenter"), "overlap=0.1"]
     assert predict.main(["--data", str(world.archive / "absent"), "--out", str(world.made / "found"), *label]) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(VolumeScene, "read", QuotingScene.read)
+        patch.setattr(VolumeScene, "read", while_read)
         assert world.run(predict.main, "found", *label) == 1
     with vanishing("predict"):
         assert world.run(predict.main, "found", *label) == 1
