@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
 from numpy.typing import NDArray
 
 from mae_core.evaluate import Panel
@@ -67,6 +67,12 @@ def save_picture(picture: NDArray[np.uint8], path: Path) -> None:
     """Write a picture as PNG, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imsave(path, picture)
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """The picture that `save_picture` wrote, `(height, width, 3)`."""
+    picture: NDArray[np.uint8] = np.rint(imread(path)[..., :3] * 255).astype(np.uint8)
+    return picture
 
 
 def _channels(panel: Panel) -> list[int]:

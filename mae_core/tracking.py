@@ -39,8 +39,8 @@ class TrackingSettings(Settings):
     experiment: str = Field("terravox", min_length=1, description="MLflow experiment")
     log_images: bool | None = Field(
         None,
-        description="Draw and log pictures (reconstructions, the sheet of a store); null: of images, and not of patients, since a face can "
-        "be rebuilt from a scan of a head",
+        description="Draw and log pictures (reconstructions, the sheet of a store, sheets of cases where these are asked for); null: of "
+        "images, and not of patients, since a face can be rebuilt from a scan of a head",
     )
     system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
     register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")

@@ -45,7 +45,7 @@ from pipelines.crosswalk_option import CrosswalkPath
 from pipelines.finetune_report import tell
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
-from pipelines.label_volume import write_sheet
+from pipelines.label_volume import log_sheets, write_sheet
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
@@ -81,7 +81,9 @@ class FinetuneSettings(SeenSettings):
     layer_decay: float = Field(0.75, gt=0, le=1, description="Factor on the learning rate from each layer to the one below")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Chance that a ViT's last block is passed by in training; less in earlier ones")
     cases: CaseSettings = CaseSettings()
-    sheets: bool = Field(False, description="Write a picture of every held-out scan with both outlines; it shows a patient")
+    sheets: bool = Field(
+        False, description="Write a picture of every held-out scan with both outlines; it shows a patient (to MLflow with log_images only)"
+    )
     head: HeadSettings = HeadSettings()
     prepare: PrepareSettings = PrepareSettings()
     augment: LabelledAugmentSettings = LabelledAugmentSettings()
@@ -307,6 +309,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         rows = judge.rows(model, job.cases, partial(write_sheet, about, folder / "sheets") if settings.sheets else None)
         if child is not None:
             child.metrics({f"held_out/{name}": value for name, value in scores.items()}, state.step)
+            log_sheets(child, folder / "sheets", [case.scene.name for case in job.cases] if settings.sheets else [], state.step)
             save_model(folder / "model", model, about, training_files(job, arm))
             write_json(folder / "cases.json", {"rows": plain_rows(rows)})
             write_json(

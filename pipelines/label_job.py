@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mae_core.bands import BandSettings, Matching
 from mae_core.labelling import Labeller
@@ -27,6 +31,7 @@ class Job:
         probabilities: How they are written beside the labels.
         sheets: Whether a picture of every scan is written beside its labels.
         dicom_seg: Whether the labels of DICOM series are written as DICOM-SEG, too.
+        show: Is given every such picture with the pseudonym of its scan.
         compress: Of rasters.
         memory_bytes: For the rows that are at work; wider scenes are labelled in strips of columns.
         software: Name and version of this program.
@@ -42,6 +47,7 @@ class Job:
     software: str
     sheets: bool = False
     dicom_seg: bool = False
+    show: Callable[[str, NDArray[np.uint8]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from mae_core.bands import Matching
 from mae_core.case_sheet import PALETTE, CasePicture, Rgb, case_sheet
 from mae_core.export import Description
-from mae_core.figures import save_picture
+from mae_core.figures import read_picture, save_picture
 from mae_core.labelling import Source
+from mae_core.tracking import Tracker
 from modalities.dicom_seg import refuse_no_dicom, write_dicom_seg
 from modalities.patients import RESEARCH_USE
 from modalities.volume import VolumeScene, canonical
@@ -49,7 +50,10 @@ def label_volume(
     if job.dicom_seg:
         write_dicom_seg(beside(place, "_seg.dcm"), scene.sources[0], scene.native(labels), about.classes, job.software)
     if job.sheets:
-        save_picture(case_sheet(picture_of(scene, about, scene.native(labels))), beside(place, "_sheet.png"))
+        sheet = case_sheet(picture_of(scene, about, scene.native(labels)))
+        save_picture(sheet, beside(place, "_sheet.png"))
+        if job.show is not None:
+            job.show(scene.name, sheet)
     values, numbers = np.unique(labels, return_counts=True)
     return Labelled({known.get(int(value), "no value"): int(number) for value, number in zip(values, numbers, strict=True)}, matching)
 
@@ -100,6 +104,17 @@ def write_sheet(
 ) -> None:
     """Write the sheet of a held-out scan under its pseudonym."""
     save_picture(case_sheet(picture_of(scene, about, predicted, reference)), folder / f"{scene.name}.png")
+
+
+def log_sheets(tracker: Tracker, folder: Path, scenes: Iterable[str], step: int) -> None:
+    """Log the sheets that `write_sheet` left in a folder, whichever process wrote them, where pictures of patients are asked for."""
+    for name in scenes if tracker.images else ():
+        log_sheet(tracker, step, name, read_picture(folder / f"{name}.png"))
+
+
+def log_sheet(tracker: Tracker, step: int, scene: str, sheet: NDArray[np.uint8]) -> None:
+    """Log the sheet of a scan under its pseudonym, where pictures of patients are asked for."""
+    tracker.image(f"sheet/{scene}", sheet, step)
 
 
 def class_colours(about: Description) -> dict[int, Rgb]:

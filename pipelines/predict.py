@@ -30,6 +30,7 @@ from pipelines.command_line import run
 from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.label_job import Job, Labelled, Stored
 from pipelines.label_scene import beside, label_scene
+from pipelines.label_volume import log_sheet
 from pipelines.prepare import VOLUMES, tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of, recorded
@@ -52,7 +53,10 @@ class PredictSettings(Settings):
     probabilities: Stored = Field(
         "none", description="Also write a raster or volume with a band per class: none, uint8 (in parts of 250, with its scale) or float32"
     )
-    sheets: bool = Field(False, description="Also write a picture of every scan to check its labels by eye; it shows a patient")
+    sheets: bool = Field(
+        False,
+        description="Also write a picture of every scan to check its labels by eye; it shows a patient (to MLflow with log_images only)",
+    )
     dicom_seg: bool = Field(
         False, description="Also write the labels of DICOM series as DICOM-SEG, which names the patient, as the standard wants (mode 0600)"
     )
@@ -97,7 +101,15 @@ def work(settings: PredictSettings) -> int:
         bands = settings.bands.for_model(about)
         if bands.match not in (settings.bands.match, "name"):
             console.print(f"channels are matched by {bands.match}, as in the model's fine-tuning; bands.match=name: by their names alone")
-        how = (settings.probabilities, settings.compress, memory, program, settings.sheets, settings.dicom_seg)
+        how = (
+            settings.probabilities,
+            settings.compress,
+            memory,
+            program,
+            settings.sheets,
+            settings.dicom_seg,
+            partial(log_sheet, tracker, 0),
+        )
         job = Job(labeller, sha256(folder / WEIGHTS), name, bands, *how)
         done, failed, seconds = label_all(job, places)
         tracker.metrics({"scenes": len(done), "seconds": seconds}, 0)

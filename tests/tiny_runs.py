@@ -106,6 +106,19 @@ def shared_tracking(factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{factory.getbasetemp() / 'tracking' / 'mlflow.db'}"
 
 
+def logged_sheets(uri: str, run_id: str) -> dict[str, Path]:
+    """Pictures of scans that a run was told, by the pseudonym of the scan."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    paths = [item.path for item in client.list_artifacts(run_id, "images")]
+    return {
+        path.partition("sheet~")[2].partition("+step+")[0]: Path(client.download_artifacts(run_id, path))
+        for path in paths
+        if path.endswith(".png")
+    }
+
+
 def tiny_recipe(**changes: Any) -> PretrainRecipe:
     """The tiny recipe with changes by dotted name, where `__` stands for the dot."""
     tree: dict[str, Any] = {}

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from mae_core.export import save_model
+from mae_core.figures import read_picture
 from modalities.medical import MriSettings
 from modalities.patients import RESEARCH_USE
 from pipelines import predict
 from tests.synthetic_segmenter import random_segmenter
 from tests.synthetic_volumes import OBLIQUE, save_volume, texture
-from tests.tiny_runs import quick, shared_tracking
+from tests.tiny_runs import logged_sheets, quick, shared_tracking
 
 __all__ = ["quick"]
 
@@ -63,6 +64,28 @@ def test_a_folder_of_scans_gets_labels_names_probabilities_and_sheets_under_pseu
         np.testing.assert_array_equal(np.array([0, 3, 9])[parts.argmax(axis=-1)], values)
         np.testing.assert_allclose(parts.sum(axis=-1), 1, atol=1e-5)
         assert len(np.unique(values)) > 1
+
+
+def test_sheets_are_logged_only_where_pictures_of_patients_are_asked_for(
+    run_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    uri = shared_tracking(tmp_path_factory)
+    for asked, wanted in (("null", False), ("false", False), ("true", True)):
+        out = tmp_path / asked
+        labelled(
+            run_folder,
+            tmp_path_factory,
+            "scans/MUSTERMANN-0.nii.gz",
+            out / "map_labels.nii.gz",
+            "sheets=true",
+            f"tracking.log_images={asked}",
+        )
+        told = json.loads((out / "map_labels.nii.gz.result.json").read_text())
+        scan = json.loads((out / "map_labels.json").read_text())["Scan"]
+        sheet = read_picture(out / "map_sheet.png")
+        logged = logged_sheets(uri, told["mlflow"]["run_id"])
+        assert sorted(logged) == ([scan] if wanted else [])
+        assert all(np.array_equal(read_picture(path), sheet) for path in logged.values())
 
 
 def test_names_and_colours_stand_in_a_table_and_what_the_labels_are_for_beside_it(

@@ -17,7 +17,7 @@ from modalities.pseudonyms import pseudonyms
 from pipelines import finetune_segmentation, predict, prepare, pretrain, pretrain_mri
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_volumes import save_volume
-from tests.tiny_runs import one_thread, quick, shared_tracking
+from tests.tiny_runs import logged_sheets, one_thread, quick, shared_tracking
 
 __all__ = ["quick"]
 
@@ -147,7 +147,21 @@ def test_volumes_go_the_whole_way_and_labels_come_back_in_their_geometry(tmp_pat
     pretraining = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "encoder"), "prepare.tile=[16,16,16]", *ENCODER, *TINY]
     for _ in range(2):
         assert pretrain_mri.main([*pretraining, "prepare.split.val_fraction=0.3", f"tracking.uri={uri}"]) == 0
-    finetune(tmp_path, uri, "prepare.tile=[16,16,16]", "train.steps=2", "init=pretrained", "drop_path=0.3")
+    finetune(
+        tmp_path,
+        uri,
+        "prepare.tile=[16,16,16]",
+        "train.steps=2",
+        "init=pretrained",
+        "drop_path=0.3",
+        "sheets=true",
+        "tracking.log_images=true",
+    )
+    sheets = {path.stem for path in (tmp_path / "segmenter" / "pretrained-seed0" / "sheets").iterdir()}
+    assert len(sheets) == 2
+    parent = MlflowClient(uri).get_run(done(tmp_path / "segmenter")["mlflow"]["run_id"])
+    arms = MlflowClient(uri).search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [set(logged_sheets(uri, arm.info.run_id)) for arm in arms] == [sheets]
     assert list(done(tmp_path / "segmenter")["figures"]["held_out"]) == ["pretrained-seed0"]
     words = ["--model", str(tmp_path / "segmenter"), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "found"), "overlap=0.1"]
     assert predict.main([*words, f"tracking.uri={uri}"]) == 0
