@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from modalities.medical import Duplicates
 from modalities.pseudonyms import Pseudonyms
 from modalities.volume import Refused, VolumeScene
 from modalities.volume_checks import Volume
 from modalities.xray import XrayScene
+
+Scan = TypeVar("Scan", VolumeScene, XrayScene)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def find_duplicate_pictures(scenes: Sequence[XrayScene], policy: Duplicates) -> 
     groups = joined([[scene.group for scene in found] for found in several])
     refused = {copy.name: f"the same pixels as {first.name}, which is kept" for first, *others in several for copy in others}
     refused = refused if policy == "refuse" else {}
-    kept = [replace(scene, group=groups.get(scene.group, scene.group)) for scene in scenes if scene.name not in refused]
+    kept = in_groups([scene for scene in scenes if scene.name not in refused], groups)
     return kept, refused, _notes(several, groups, policy) if several else ()
 
 
@@ -90,9 +93,17 @@ def joined(links: Sequence[Sequence[str]]) -> dict[str, str]:
     return {name: group for group, found in members.items() if len(found) > 1 for name in found}
 
 
-def in_groups(scenes: Sequence[VolumeScene], groups: Mapping[str, str]) -> list[VolumeScene]:
-    """The scenes with the patients who are one under one name."""
-    return [replace(scene, group=groups.get(scene.group, scene.group)) for scene in scenes]
+def in_groups(scenes: Sequence[Scan], groups: Mapping[str, str]) -> list[Scan]:
+    """The scenes with the patients who are one under one name, and all of their pseudonyms."""
+    members = _members(groups)
+    return [
+        replace(scene, group=group, patients=members.get(group, ())) for scene in scenes for group in [groups.get(scene.group, scene.group)]
+    ]
+
+
+def _members(groups: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The patients who are called by each name."""
+    return {group: tuple(sorted(name for name, leader in groups.items() if leader == group)) for group in sorted(set(groups.values()))}
 
 
 def _scan(volume: Volume, names: Pseudonyms) -> str:
@@ -103,7 +114,6 @@ def _notes(several: Sequence[Sequence[object]], groups: Mapping[str, str], polic
     num_copies = sum(len(found) - 1 for found in several)
     what = {"refuse": "are left out (reader.duplicates=refuse)", "keep": "are used as well (reader.duplicates=keep)"}[policy]
     notes = [f"{num_copies} copies of {len(several)} scans are there under other names and {what}"]
-    for group in sorted(set(groups.values())):
-        members = sorted(name for name, leader in groups.items() if leader == group)
+    for group, members in _members(groups).items():
         notes.append(f"{len(members)} patients share a scan and stay on one side of every split as {group}: {', '.join(members)}")
     return tuple(notes)

@@ -101,6 +101,7 @@ class RasterScene:
     documents: tuple[Path, ...] = ()
     label_suffix: str = field(default=".tif", init=False)
     voxel_digests: tuple[str, ...] = field(default=(), init=False)
+    patients: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -136,6 +136,11 @@ class Scene(Protocol):
         ...
 
     @property
+    def patients(self) -> tuple[str, ...]:
+        """Pseudonyms of all who are one group because they share a scan, the group's own among them; empty where nobody does."""
+        ...
+
+    @property
     def dtype(self) -> np.dtype[np.generic]:
         """Of what `read` gives: the source's own, so integers stay integers (float64 becomes float32)."""
         ...

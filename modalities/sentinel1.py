@@ -106,6 +106,7 @@ class Sentinel1Scene:
     border_noise_db: float | None = -30.0
     label_suffix: str = field(default=".tif", init=False)
     voxel_digests: tuple[str, ...] = field(default=(), init=False)
+    patients: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -108,6 +108,11 @@ class SeriesScene:
         return ()
 
     @property
+    def patients(self) -> tuple[str, ...]:
+        """None: images show places."""
+        return ()
+
+    @property
     def dtype(self) -> np.dtype[np.generic]:
         """That all dates fit in; float32 for physical values."""
         common = np.result_type(*(image.dtype for image in self.images))

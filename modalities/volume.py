@@ -170,6 +170,7 @@ class VolumeScene:
         flags: What is doubtful and used all the same, by reason code: those of `VolumePolicies` and `four_d`.
         num_not_finite: Voxels of the files that hold no number.
         foreground_fraction: Share of the first file's voxels that are not air.
+        patients: See `Scene.patients`.
     """
 
     name: str
@@ -184,6 +185,7 @@ class VolumeScene:
     flags: tuple[str, ...]
     num_not_finite: int
     foreground_fraction: float
+    patients: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -121,6 +121,7 @@ class XrayScene:
         dtype: As stored.
         respacing: From the file's pixels to those of the scene.
         low, high: Stored values are cut to these.
+        patients: See `Scene.patients`.
     """
 
     name: str
@@ -133,6 +134,7 @@ class XrayScene:
     respacing: Respacing
     low: float = -np.inf
     high: float = np.inf
+    patients: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:

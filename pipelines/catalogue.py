@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,18 +16,22 @@ from mae_core.settings import Settings, default_kind, flatten
 from mae_core.tracking import TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.medical import CtSettings, MedicalSettings, MriSettings
-from modalities.scene import SceneError
+from modalities.pseudonyms import pseudonyms
+from modalities.scene import Scene, SceneError
 from modalities.volume_account import by_reason, by_sequence, flags, num_distinct, num_status
 from modalities.volume_rows import COLUMNS
 from pipelines.command_line import run
 from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
+from pipelines.frozen_split import DrawSettings, FrozenSplit, Group, all_names, freeze, refuse_place, write_split
 from pipelines.prepare import tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RunError, begin, finish, recorded
+from pipelines.tiling_plan import PreparationError
 from pipelines.withheld import missing_paths
 
 DESCRIPTION = "a folder of scans becomes a table: a row per volume, used or not and why, under pseudonyms; nothing is copied or trained"
 TABLE, SHEET = "catalogue.parquet", "catalogue.csv"
+EXPECTED = (SceneError, RunError, PreparationError)
 
 
 class CatalogueVerb(Settings):
@@ -40,13 +44,19 @@ class CatalogueVerb(Settings):
         description="What is catalogued as usable: medical takes every scan by its own modality, others take one modality as prepare does",
     )
     crosswalk: CrosswalkPath = None
+    split: Path | None = Field(
+        None, description="File to write, which prepare.split.file takes: the side of every patient, drawn now and frozen; ends in .json"
+    )
+    draw: DrawSettings = DrawSettings()
     num_workers: int | None = Field(None, ge=1, description="Threads that read and judge volumes; null: one per processor")
 
 
 def work(settings: CatalogueVerb) -> int:
     """Do it."""
-    config = recorded(settings, settings.reader.kind)
-    refuse_inside(settings.data, settings.reader.kind, out=settings.out, crosswalk=settings.crosswalk)
+    refuse_inside(settings.data, settings.reader.kind, out=settings.out, crosswalk=settings.crosswalk, split=settings.split)
+    config = {name: value for name, value in recorded(settings, settings.reader.kind).items() if name != "split"}
+    if settings.split is not None:
+        refuse_place(settings.split)
     refuse_crosswalk(settings.crosswalk, settings.reader.kind, settings.out, TrackingSettings())
     begin(settings.out, "catalogue", config, may_differ=flatten(config))
     started = time.monotonic()
@@ -56,7 +66,13 @@ def work(settings: CatalogueVerb) -> int:
     tell_catalogue(catalogue)
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, TrackingSettings())
     write_tables(settings.out, catalogue.rows)
-    finish(settings.out, "catalogue", config, {"figures": figures(catalogue, seconds)})
+    result: dict[str, Any] = {"figures": figures(catalogue, seconds)}
+    if settings.split is not None:
+        frozen = split_of(catalogue, settings.draw)
+        write_split(settings.split, frozen)
+        result["split"] = {"sha256": frozen.digest, **frozen.counts()}
+        console.print(f"split: {frozen.words}")
+    finish(settings.out, "catalogue", config, result)
     console.print(f"{len(catalogue.rows)} volumes in {seconds:.1f} s; [bold]catalogue ready[/]: {settings.out / TABLE}, {SHEET}")
     return 0
 
@@ -93,6 +109,22 @@ def figures(catalogue: Catalogue, seconds: float) -> dict[str, Any]:
         "duplicates": sum(bool(row["duplicate_of"]) for row in rows),
         "seconds": round(seconds, 3),
     }
+
+
+def split_of(catalogue: Catalogue, settings: DrawSettings) -> FrozenSplit:
+    """The split of the patients whose scans can be used, by the number of these.
+
+    Raises:
+        PreparationError: There are too few of them.
+    """
+    scenes: defaultdict[str, list[Scene]] = defaultdict(list)
+    for scene in catalogue.scenes:
+        scenes[scene.group].append(scene)
+    groups = []
+    for group, found in sorted(scenes.items()):
+        scans = [scan for scene in found for scan in scene.voxel_digests]
+        groups.append(Group(all_names(group, found[0].patients), frozenset(scans), len(scans)))
+    return freeze(groups, settings, pseudonyms().fingerprint)
 
 
 def write_tables(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -143,7 +175,7 @@ def check(settings: CatalogueVerb) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; its exit code."""
-    return run("catalogue", CatalogueVerb, work, check=check, description=DESCRIPTION, expected=(SceneError, RunError), argv=argv)
+    return run("catalogue", CatalogueVerb, work, check=check, description=DESCRIPTION, expected=EXPECTED, argv=argv)
 
 
 if __name__ == "__main__":

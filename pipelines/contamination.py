@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from mae_core.settings import Settings
 from mae_core.store import TileStore
-from pipelines.frozen_split import split_digest
+from pipelines.frozen_split import Group, all_names, joined_patients, split_digest
 from pipelines.progress import console
 from pipelines.run_folder import RunError
 
@@ -43,7 +43,7 @@ class Source(Settings):
         store, split: Digests of the store and of which patients are on which side.
         key: Fingerprint of the key of the pseudonyms; empty where patients have none, and are not told.
         blocks: How patients are divided in blocks; empty where they are whole.
-        patients: Their pseudonyms.
+        patients: Their pseudonyms; all of those who share a scan.
         scans: Voxel digests.
     """
 
@@ -125,10 +125,10 @@ def source_of(store: TileStore, role: Literal["pretraining", "fine-tuning"]) -> 
     """What a store of scans adds to what a model was trained on. Groups of a store without a key may be names, and are left out."""
     key = str(store.attributes.get("pseudonym_key", ""))
     sides: dict[bool, tuple[set[str], set[str]]] = {True: (set(), set()), False: (set(), set())}
-    index = store.index
+    index, joined = store.index, joined_patients(store)
     for group, digests, side in set(zip(index.group.tolist(), index.voxel_digests.tolist(), index.split.tolist(), strict=True)):
         patients, scans = sides[side == "train"]
-        patients.add(group)
+        patients.update(names_of(group, joined))
         scans.update(scan + _part(group) for scan in digests)
     named, known = (Sides(train=tuple(sorted(sides[True][place])), held_out=tuple(sorted(sides[False][place]))) for place in (0, 1))
     return Source(
@@ -140,6 +140,12 @@ def source_of(store: TileStore, role: Literal["pretraining", "fine-tuning"]) -> 
         patients=named if key else Sides(),
         scans=known,
     )
+
+
+def names_of(group: str, joined: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """A group, or a part of one, under all of its names."""
+    patient = group.partition(BLOCK)[0]
+    return tuple(name + _part(group) for name in all_names(patient, joined.get(patient, ())))
 
 
 def blocks_of(store: TileStore) -> str:
@@ -211,8 +217,8 @@ class Exposure:
     key: str
     blocks: str
 
-    def of(self, group: str, scans: Iterable[str]) -> tuple[bool, frozenset[str], bool]:
-        """Whether a group was trained on under its pseudonym, those of its scans that were, and whether it was known and held out."""
+    def of(self, names: Sequence[str], scans: Iterable[str]) -> tuple[bool, frozenset[str], bool]:
+        """Whether a group was trained on under any of its names, those of its scans that were, and whether it was known and held out."""
         by_name, seen, held = False, frozenset[str](), False
         for source in self.data.sources:
             whole = source.blocks != self.blocks
@@ -220,7 +226,7 @@ class Exposure:
             def plain(names: Iterable[str], whole: bool = whole) -> frozenset[str]:
                 return frozenset(name.partition(BLOCK)[0] if whole else name for name in names)
 
-            patient, own = plain([group]), plain(scan + _part(group) for scan in scans)
+            patient, own = plain(names), plain(scan + _part(names[0]) for scan in scans)
             if self.key and source.key == self.key:
                 by_name |= bool(patient & plain(source.patients.train))
                 held |= bool(patient & plain(source.patients.held_out))
@@ -236,18 +242,18 @@ class Exposure:
         return (*self.data.unknown, *((words,) if foreign else ()))
 
 
-def preferred(data: TrainingData | None, key: str, blocks: str, groups: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+def preferred(data: TrainingData | None, key: str, blocks: str, groups: Mapping[str, Group]) -> dict[str, tuple[str, ...]]:
     """Changes to the settings of a split, so that what an encoder held out is held out first and what it was trained on is not.
 
     Args:
         data: What the encoder was trained on; nothing is changed where it is not known.
         key, blocks: As of `Exposure`.
-        groups: What is not divided, with the digests of its scans.
+        groups: What is not divided, by name.
     """
     if data is None:
         return {}
     exposure = Exposure(data, key, blocks)
-    found = {group: exposure.of(group, scans) for group, scans in groups.items()}
+    found = {name: exposure.of(group.names, group.scans) for name, group in groups.items()}
     first = tuple(sorted(group for group, (_, _, held) in found.items() if held))
     never = tuple(sorted(group for group, (by_name, seen, _) in found.items() if by_name or seen))
     if never:
@@ -268,12 +274,12 @@ def verdict_on(data: TrainingData | None, store: TileStore, *, allow: bool) -> V
         return None
     if data is None:
         return _told(Verdict("unchecked", why="the encoder does not say what it was trained on"))
-    index = store.index
+    index, joined = store.index, joined_patients(store)
     scans: dict[str, set[str]] = {}
     for row in np.flatnonzero(index.split != "train").tolist():
         scans.setdefault(index.group[row], set()).update(index.voxel_digests[row])
     exposure = Exposure(data, str(store.attributes.get("pseudonym_key", "")), blocks_of(store))
-    found = {group: exposure.of(group, digests) for group, digests in scans.items()}
+    found = {group: exposure.of(names_of(group, joined), digests) for group, digests in scans.items()}
     patients = tuple(sorted(group for group, (by_name, seen, _) in found.items() if by_name or seen))
     num_scans = len(set().union(*(seen for _, seen, _ in found.values())))
     why = "; ".join(exposure.doubts)

@@ -19,6 +19,7 @@ from pipelines.tiling_plan import PreparationError, group_order
 Side = Literal["train", "val", "test"]
 SIDES: tuple[Side, ...] = ("train", "val", "test")
 SETTING = "prepare.split.file"
+MAKERS = "`store split` or `catalogue --split`"
 
 
 class DrawSettings(Settings):
@@ -36,7 +37,7 @@ class DrawSettings(Settings):
 
 
 class Member(Settings):
-    """A group of a frozen split: its side, and the digests of the scans that it is known by under any name."""
+    """A group of a frozen split, under one of its names: its side, and the digests of the scans that it is known by under any name."""
 
     side: Side
     scans: tuple[str, ...] = ()
@@ -48,7 +49,7 @@ class FrozenSplit(Settings):
     Attributes:
         format, format_version: Of the file.
         key: Fingerprint of the key that patients' pseudonyms were made with; empty where groups are no patients.
-        groups: Side and scans of every group, by name.
+        groups: Side and scans of every group, by name; one that is known by several is there under each, with its scans under the first.
     """
 
     format: Literal["terravox-split"] = "terravox-split"
@@ -66,8 +67,14 @@ class FrozenSplit(Settings):
         return {**self.model_dump(mode="json"), "sha256": self.digest}
 
     def counts(self) -> dict[str, int]:
-        """Groups on each side."""
+        """Names on each side."""
         return {side: sum(member.side == side for member in self.groups.values()) for side in SIDES}
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        sides = ", ".join(f"{count} {side}" for side, count in self.counts().items())
+        return f"{len(self.groups)} groups ({sides}), digest {self.digest[:12]}"
 
 
 @dataclass(frozen=True)
@@ -106,9 +113,17 @@ def freeze(groups: Iterable[Group], settings: DrawSettings, key: str = "") -> Fr
         before = accumulate((found[name].size for name in free), initial=0)
         held = [name for name, size in zip(free, before, strict=False) if size < fraction * total]
         sides |= dict.fromkeys(held[: len(free) - wanted], side)  # type: ignore[arg-type]
-    return FrozenSplit(
-        key=key, groups={name: Member(side=sides.get(name, "train"), scans=tuple(sorted(found[name].scans))) for name in sorted(found)}
-    )
+    return _frozen(found.values(), {name: sides.get(name, "train") for name in found}, key)
+
+
+def _frozen(groups: Iterable[Group], sides: Mapping[str, Side], key: str) -> FrozenSplit:
+    """The split of groups whose sides are known by their first names."""
+    members: dict[str, Member] = {}
+    for group in groups:
+        first, *others = group.names
+        members |= {name: Member(side=sides[first]) for name in others}
+        members[first] = Member(side=sides[first], scans=tuple(sorted(group.scans)))
+    return FrozenSplit(key=key, groups=dict(sorted(members.items())))
 
 
 def frozen_from(store: TileStore, settings: DrawSettings | None) -> FrozenSplit:
@@ -120,20 +135,42 @@ def frozen_from(store: TileStore, settings: DrawSettings | None) -> FrozenSplit:
         scans.setdefault(group, set()).update(digests)
         sizes[group] = sizes.get(group, 0) + 1
     key = str(store.attributes.get("pseudonym_key", ""))
+    joined = joined_patients(store)
+    groups = [Group(all_names(group, joined.get(group, ())), frozenset(scans[group]), sizes[group]) for group in scans]
     if settings is not None:
-        return freeze([Group((group,), frozenset(scans[group]), sizes[group]) for group in scans], settings, key)
-    sides = dict(zip(index.group.tolist(), index.split.tolist(), strict=True))
-    return FrozenSplit(key=key, groups={name: Member(side=sides[name], scans=tuple(sorted(scans[name]))) for name in sorted(sides)})
+        return freeze(groups, settings, key)
+    return _frozen(groups, dict(zip(index.group.tolist(), index.split.tolist(), strict=True)), key)
+
+
+def all_names(group: str, patients: Iterable[str]) -> tuple[str, ...]:
+    """A group's name and then those of its patients, each once."""
+    return (group, *sorted({*patients} - {group}))
+
+
+def joined_patients(store: TileStore) -> dict[str, tuple[str, ...]]:
+    """The pseudonyms of the patients of every group of a store that is several, because they share a scan."""
+    found: dict[str, set[str]] = {}
+    for folder in store.folders:
+        for entry in folder.manifest.get("plan", {}).get("scenes", ()):
+            found.setdefault(entry["group"], set()).update(entry.get("patients", ()))
+    return {group: tuple(sorted(names)) for group, names in found.items() if names}
+
+
+def refuse_place(path: Path) -> None:
+    """Stops where a split cannot be written.
+
+    Raises:
+        PreparationError: The name does not end in .json, or the file is there: a frozen split is not overwritten.
+    """
+    if path.suffix != ".json":
+        raise PreparationError("the file of a split must end in .json")
+    if path.exists():
+        raise PreparationError("there is a file in the place of the split already, and a frozen split is not overwritten; choose another")
 
 
 def write_split(path: Path, split: FrozenSplit) -> None:
-    """Write a split's file, whole or not at all.
-
-    Raises:
-        PreparationError: The file is there: a frozen split is not overwritten.
-    """
-    if path.exists():
-        raise PreparationError("there is a file in the place of the split already, and a frozen split is not overwritten; choose another")
+    """Write a split's file, whole or not at all; raises as `refuse_place` does."""
+    refuse_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(split.document(), indent=1, sort_keys=True) + "\n")
@@ -151,10 +188,10 @@ def read_split(path: Path) -> FrozenSplit:
         seal = content.pop("sha256")
         split = FrozenSplit.model_validate(content)
     except OSError as error:
-        raise PreparationError(f"{SETTING} cannot be read: {error.strerror}; give the file that `store split` wrote") from error
+        raise PreparationError(f"{SETTING} cannot be read: {error.strerror}; give a file of {MAKERS}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error.error_count()} entries do not fit" if isinstance(error, ValidationError) else type(error).__name__
-        raise PreparationError(f"{SETTING} is no frozen split of this version ({what}); make one with `store split`") from None
+        raise PreparationError(f"{SETTING} is no frozen split of this version ({what}); make one with {MAKERS}") from None
     if seal != split.digest:
         raise PreparationError(f"{SETTING} was altered: its content does not give its sha256; restore it, or freeze anew")
     return split

@@ -26,8 +26,9 @@ from modalities.medical import GROUP_PATTERN, VolumeSettings
 from modalities.patients import PSEUDONYM_KEY
 from modalities.scene import LabelMap, Scene
 from pipelines.bands import store_matching, tell_bands
-from pipelines.contamination import TrainingData, block_words, preferred
+from pipelines.contamination import TrainingData, block_words, names_of, preferred
 from pipelines.crosswalk_option import refuse_crosswalk, refuse_inside, tell_crosswalk
+from pipelines.frozen_split import Group
 from pipelines.preparation import PrepareSettings
 from pipelines.preparation_plan import make_plan
 from pipelines.prepare import prepare_store, store_attributes, usual_tile
@@ -168,10 +169,12 @@ def _unseen(prepare: PrepareSettings, scenes: Sequence[Scene], seen: TrainingDat
     if seen is None or split.file is not None or split.unit == "ground" or split.val_fraction == 0:
         return split
     scenes = sorted(scenes, key=lambda scene: scene.name)
-    groups: dict[str, set[str]] = {}
+    scans: dict[str, set[str]] = {}
+    joined = {scene.group: scene.patients for scene in scenes}
     for tile in plan_tiles(scenes, prepare.tile, split):
         scene = scenes[tile.scene]
-        groups.setdefault(split_group(scene.group, tile, split), set()).update(scene.voxel_digests)
+        scans.setdefault(split_group(scene.group, tile, split), set()).update(scene.voxel_digests)
+    groups = {group: Group(names_of(group, joined), frozenset(digests)) for group, digests in scans.items()}
     blocks = block_words(split.block_tiles, prepare.tile) if split.unit == "block" else ""
     return split.model_copy(update=preferred(seen, str(attributes.get("pseudonym_key", "")), blocks, groups))
 

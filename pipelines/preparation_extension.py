@@ -119,11 +119,16 @@ def growth(earlier: Earlier, scenes: Sequence[Scene], entries: Mapping[str, Mapp
             "Put the files back, give the changed ones another name so that they count as new scenes, or choose another --out and "
             f"prepare everything:{''.join(lines[:LISTED])}{more}"
         )
-    places = {entry["group"] for entry in known.values()}
+    places = {name: entry["group"] for entry in known.values() for name in entry.get("patients", ())}
+    places |= {entry["group"]: entry["group"] for entry in known.values()}
     olds: defaultdict[str, set[str]] = defaultdict(set)
     scans = {scan: known[name]["group"] for name, digests in zip(*earlier.scans, strict=True) for scan in digests}
     for scene in scenes:
-        olds[scene.group] |= {known[scene.name]["group"]} if scene.name in known else {scene.group} & places
+        olds[scene.group] |= (
+            {known[scene.name]["group"]}
+            if scene.name in known
+            else {places[name] for name in (scene.group, *scene.patients) if name in places}
+        )
         olds[scene.group] |= {scans[scan] for scan in scene.voxel_digests if scan in scans}
     new = [scene for scene in scenes if scene.name not in known]
     groups = {scene.name: min(olds[scene.group], default=scene.group) for scene in new}

@@ -175,7 +175,8 @@ def make_plan(
         cut = scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges
         ids = {"group": groups[number], "regions": _digest(cut), "first_tile": places[0].tile, "num_tiles": len(places)}
         times = {"times": list(scene.times)} if scene.times else {}
-        document["scenes"].append({**entries[scene.name], **ids, **times})
+        patients = {"patients": list(scene.patients)} if scene.patients else {}
+        document["scenes"].append({**entries[scene.name], **ids, **times, **patients})
     frame = scenes[0].grid.frame if scenes else ""
     axes = attributes.get("axes") or (("x", "y", "z") if frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
     layout = StoreLayout(
@@ -294,7 +295,7 @@ def _frozen_sides(
     names: dict[str, list[str]] = {}
     scans: dict[str, set[str]] = {}
     for scene, group in zip(scenes, groups, strict=True):
-        names.setdefault(group, []).append(scene.group)
+        names.setdefault(group, []).extend((scene.group, *scene.patients))
         scans.setdefault(group, set()).update(scene.voxel_digests)
     found = {group: Group(tuple(names[group]), frozenset(scans[group])) for group in names}
     return sides_of(frozen, found, split.unknown, str(attributes.get("pseudonym_key", "")))

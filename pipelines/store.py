@@ -154,14 +154,12 @@ def check_merge(settings: MergeSettings) -> list[str]:
 def freeze_split(settings: SplitVerbSettings) -> int:
     """Write the frozen split of a store's groups."""
     from mae_core.store import TileStore
-    from pipelines.frozen_split import frozen_from, write_split
+    from pipelines.frozen_split import frozen_from, refuse_place, write_split
 
-    if settings.out.suffix != ".json":
-        raise RunError("--out must end in .json")
+    refuse_place(settings.out)
     split = frozen_from(TileStore.open(settings.store, verify="sizes"), settings.draw)
     write_split(settings.out, split)
-    sides = ", ".join(f"{count} {side}" for side, count in split.counts().items())
-    console.print(f"{settings.out}: {len(split.groups)} groups ({sides}), digest {split.digest[:12]}", markup=False)
+    console.print(f"{settings.out}: {split.words}", markup=False)
     return 0
 
 

@@ -52,7 +52,9 @@ class SplitSettings(Settings):
     hold_out_first: tuple[str, ...] = Field((), description="Groups, by pseudonym or name, that are held out before all others are drawn")
     never_hold_out: tuple[str, ...] = Field((), description="Groups that are held out only where there are no others")
     file: Path | None = Field(
-        None, description="A frozen split, made by `store split`: which groups are on which side; nothing is drawn then (unit=scene only)"
+        None,
+        description="A frozen split, made by `store split` or `catalogue --split`: which groups are on which side; nothing is "
+        "drawn then (unit=scene only)",
     )
     unknown: Literal["refuse", "train"] = Field("refuse", description="What becomes of groups that the frozen split does not know")
 

@@ -36,6 +36,7 @@ class SyntheticScene:
     blocks_of: tuple[int, ...] | None = None
     times: tuple[str, ...] = ()
     voxel_digests: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
 
     @property
     def block(self) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from pipelines.contamination import (
     verdict_on,
 )
 from pipelines.finetune_segmentation import main as finetune
+from pipelines.frozen_split import Group
 from pipelines.preparation import PrepareSettings
 from pipelines.prepare import prepare_store
 from pipelines.pretrain_mri import main as pretrain
@@ -121,6 +122,29 @@ def test_a_renamed_turned_copy_is_known_by_its_voxels_under_another_key_too(tmp_
         assert ("another key" in verdict.why) is (key == "key-0123456789abcdef")
 
 
+def test_of_patients_who_share_a_scan_one_who_was_trained_on_is_enough(tmp_path: Path, before: TileStore) -> None:
+    """The encoder knows other scans of both; in the store they are one, called by the first of their pseudonyms."""
+    trained = set(source_of(before, "pretraining").patients.train)
+    alone = {number: scan(archive(tmp_path / f"{number}", range(number, number + 1)), READER).scenes[0].group for number in range(10)}
+    known = next(number for number, group in alone.items() if group in trained)
+    for stranger in range(70, 90):
+        group = scan(archive(tmp_path / f"{stranger}", range(stranger, stranger + 1)), READER).scenes[0].group
+        if group < alone[known]:
+            break
+    data = archive(tmp_path / "data", range(91, 93))
+    for number in (known, stranger):
+        save_volume(data / f"sub-{number:02}_ses-5_T1w.nii.gz", head(SIZE, seed=777))
+    store = prepared(data, tmp_path / "store", val_fraction=0.1, hold_out_first=(group,))
+    assert sides(store)[group] == "val"
+    assert alone[known] not in sides(store)
+    verdict = verdict_on(learned(before), store, allow=True)
+    assert verdict is not None
+    assert (verdict.patients, verdict.num_scans) == ((group,), 0)
+    both = {group, alone[known]}
+    assert set(source_of(store, "fine-tuning").patients.held_out) == both
+    assert set(source_of(prepared(data, tmp_path / "other", never_hold_out=(group,)), "fine-tuning").patients.train) >= both
+
+
 def test_what_cannot_be_checked_is_told_and_is_not_passed(tmp_path: Path, before: TileStore, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = verdict_on(None, before, allow=False)
     assert verdict is not None
@@ -145,10 +169,10 @@ def test_images_of_places_are_left_alone(tmp_path: Path) -> None:
 def test_what_pretraining_held_out_is_held_out_first_and_what_it_saw_is_not(before: TileStore) -> None:
     held = {group for group, side in sides(before).items() if side == "val"}
     trained = set(sides(before)) - held
-    changes = preferred(learned(before), before.attributes["pseudonym_key"], "", {**dict.fromkeys(sides(before), ()), "new": ()})
+    changes = preferred(learned(before), before.attributes["pseudonym_key"], "", {name: Group((name,)) for name in (*sides(before), "new")})
     assert (set(changes["hold_out_first"]), set(changes["never_hold_out"])) == (held, trained)
-    assert preferred(learned(before), before.attributes["pseudonym_key"], "", {"new": ()}) == {}
-    assert preferred(None, "", "", {"new": ()}) == {}
+    assert preferred(learned(before), before.attributes["pseudonym_key"], "", {"new": Group(("new",))}) == {}
+    assert preferred(None, "", "", {"new": Group(("new",))}) == {}
 
 
 def test_parts_of_patients_are_compared_as_parts_only_where_both_are_cut_alike(tmp_path: Path, before: TileStore) -> None:
@@ -163,7 +187,7 @@ def test_parts_of_patients_are_compared_as_parts_only_where_both_are_cut_alike(t
     whole = verdict_on(learned(blocks), prepared(data, tmp_path / "whole", val_fraction=0.3), allow=True)
     assert whole is not None
     assert len(whole.patients) == 1, "a patient of whom a part was trained on"
-    assert Exposure(learned(before), before.attributes["pseudonym_key"], "1 tiles of 7x7x7").of(blocks.index.group[0], ())[0] is (
+    assert Exposure(learned(before), before.attributes["pseudonym_key"], "1 tiles of 7x7x7").of([blocks.index.group[0]], ())[0] is (
         sides(before)[blocks.index.group[0].partition(" block ")[0]] == "train"
     )
 

@@ -15,7 +15,20 @@ from mae_core.shards import StoreError
 from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.medical import MriSettings
-from pipelines.frozen_split import DrawSettings, FrozenSplit, Group, Member, freeze, read_split, sides_of, split_digest, write_split
+from pipelines.catalogue import main as catalogue
+from pipelines.frozen_split import (
+    DrawSettings,
+    FrozenSplit,
+    Group,
+    Member,
+    freeze,
+    frozen_from,
+    joined_patients,
+    read_split,
+    sides_of,
+    split_digest,
+    write_split,
+)
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.prepare import prepare_store
 from pipelines.store import main
@@ -154,6 +167,57 @@ def test_a_store_that_grows_keeps_to_its_frozen_split_and_knows_a_copy(tmp_path:
     assert [side[scans] for scans in grown.index.voxel_digests] == grown.index.split.tolist()
 
 
+def test_a_catalogue_freezes_the_split_of_its_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        patient(tmp_path / "data", f"sub-{number}_ses-1", number)
+    patient(tmp_path / "data", "sub-0_ses-2", 50)
+    file = tmp_path / "sub-3.json"
+    words = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "reader.spacing_mm=null", "--split", str(file)]
+    assert catalogue([*words, "draw.test_fraction=0.2", "draw.val_fraction=0.2"]) == 0
+    frozen = read_split(file)
+    assert sum(frozen.counts().values()) == 6
+    assert all(frozen.counts().values())
+    result = (tmp_path / "out" / "result.json").read_text()
+    assert json.loads(result)["split"] == {"sha256": frozen.digest, **frozen.counts()}
+    assert "sub-3" not in result + (tmp_path / "out" / "config.json").read_text() + capsys.readouterr().out
+    store = prepared(tmp_path / "data", tmp_path / "store", SplitSettings(file=file))
+    assert sides(store) == {name: member.side for name, member in frozen.groups.items()}
+    assert {scan for member in frozen.groups.values() for scan in member.scans} == {
+        scan for scans in store.index.voxel_digests for scan in scans
+    }
+    assert catalogue(words) == 1
+    assert "a frozen split is not overwritten" in " ".join(capsys.readouterr().err.split())
+
+
+def test_patients_who_share_a_scan_are_known_by_all_their_names(tmp_path: Path) -> None:
+    """Two are one; later each comes alone, with nothing but scans that nobody has seen."""
+    for number in range(4):
+        patient(tmp_path / "one", f"sub-{number}_ses-1", number)
+    patient(tmp_path / "one", "sub-9_ses-1", 2)
+    for number in (2, 9):
+        patient(tmp_path / f"only-{number}", f"sub-{number}_ses-2", 60 + number)
+    together = prepared(tmp_path / "one", tmp_path / "store", SplitSettings(val_fraction=0.3))
+    (shared,) = joined_patients(together).values()
+    assert len(shared) == 2
+    alone = {number: scan(tmp_path / f"only-{number}", READER).scenes[0].group for number in (2, 9)}
+    assert set(alone.values()) == set(shared)
+    for draw in (None, DrawSettings(val_fraction=0.5, seed=1)):
+        split = frozen_from(together, draw)
+        assert set(split.groups) == set(sides(together)) | set(shared)
+        assert split.groups[shared[0]].side == split.groups[shared[1]].side
+        write_split(tmp_path / f"{draw is None}.json", split)
+        for number, name in alone.items():
+            store = prepared(
+                tmp_path / f"only-{number}", tmp_path / f"{draw is None}-{number}", SplitSettings(file=tmp_path / f"{draw is None}.json")
+            )
+            assert sides(store) == {name: split.groups[shared[0]].side}
+    (tmp_path / "one" / "sub-9_ses-1_T1w.nii").unlink()
+    (tmp_path / "only-9" / "sub-9_ses-2_T1w.nii").rename(tmp_path / "one" / "sub-9_ses-2_T1w.nii")
+    grown = prepared(tmp_path / "one", tmp_path / "store", SplitSettings(val_fraction=0.3))
+    assert len(grown) == 5
+    assert set(sides(grown)) == set(sides(together)), "the one who came back is still of the two"
+
+
 def test_places_are_frozen_by_the_names_of_their_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tiny_store(tmp_path)
     assert main(["split", str(store.path), "--out", str(tmp_path / "split.json")]) == 0
@@ -161,7 +225,7 @@ def test_places_are_frozen_by_the_names_of_their_groups(tmp_path: Path, capsys: 
     assert {name: member.side for name, member in split.groups.items()} == sides(store)
     assert split.key == ""
     assert main(["split", str(store.path), "--out", str(tmp_path / "split.txt")]) == 1
-    assert "--out must end in .json" in capsys.readouterr().err
+    assert "the file of a split must end in .json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"unit": "block"}, {"regions": {"x": ("a*",)}}, {"hold_out_first": ("a",)}])
