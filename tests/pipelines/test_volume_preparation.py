@@ -14,11 +14,10 @@ from modalities.catalogue import scan
 from modalities.quality import Quality
 from pipelines.preparation import PreparationError, PrepareSettings, prepare
 from pipelines.preparation_report import refuse_damaged
-from pipelines.prepare import main
+from pipelines.prepare import main, prepare_store
 from pipelines.tiling_plan import SplitSettings
-from tests.pipelines.test_line import done
 from tests.synthetic_volumes import NATIVE, REAL, broken, needs_real, save_volume, texture
-from tests.tiny_runs import quick, shared_tracking
+from tests.tiny_runs import quick
 
 __all__ = ["quick"]
 
@@ -35,24 +34,22 @@ def archive(folder: Path, num_good: int, num_bad: int) -> Path:
     return folder
 
 
-def test_too_many_damaged_files_stop_the_run_before_anything_is_written(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_many_damaged_files_stop_the_run_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = archive(tmp_path / "data", 4, 2)
     for number in range(4):
         save_volume(data / f"sub-{number:02}" / "T1w_seg.nii.gz", (texture(SPACE) > 75).astype(np.uint8))
-    words = [f"data={data}", f"out={tmp_path / 'out'}", f"tracking.uri={shared_tracking(tmp_path_factory)}", "modality=mri"]
-    words += ["reader.spacing_mm=null", "prepare.tile=[16,16,16]", "prepare.num_workers=0"]
-    assert main(words) == 1
+    words = [f"data={data}", f"out={tmp_path / 'out'}", "modality=mri", "reader.spacing_mm=null", "prepare.num_workers=0"]
+    assert main([*words, "prepare.tile=[16,16,16]"]) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "2 of 6 files are damaged, more than prepare.max_rejected_fraction 0.2 allows; nothing was written" in error
     assert "2 truncated (the first is file-" in error
     assert "sub-0" not in error
     assert not (tmp_path / "out").exists()
-    assert main([*words, "prepare.max_rejected_fraction=0.34", "prepare.split.val_fraction=0.3"]) == 0
-    result = done(tmp_path / "out")
-    assert result["files"] == {"found": 10, "used": 4, "ignored": 0}
-    assert sorted(item["code"] for item in result["rejected"]) == ["looks_like_labels"] * 4 + ["truncated"] * 2
+    found = scan(data, NATIVE)
+    assert (found.num_files, found.num_used, len(found.ignored)) == (10, 4, 0)
+    assert sorted(item.code for item in found.rejected) == ["looks_like_labels"] * 4 + ["truncated"] * 2
+    prepare_store(found, tmp_path / "out", NATIVE, HERE.model_copy(update={"max_rejected_fraction": 0.34}))
+    assert set(TileStore.open(tmp_path / "out").index.scene) == {scene.name for scene in found.scenes}
 
 
 @pytest.mark.parametrize(("num_bad", "limit", "is_refused"), [(0, 0.0, False), (1, 0.0, True), (1, 0.25, False), (2, 0.39, True)])
