@@ -174,9 +174,8 @@ def make_plan(
         places = of_scene[number]
         cut = scene_regions(scene, tile, settings.split, labelled=bool(labels))[1].edges
         ids = {"group": groups[number], "regions": _digest(cut), "first_tile": places[0].tile, "num_tiles": len(places)}
-        times = {"times": list(scene.times)} if scene.times else {}
-        patients = {"patients": list(scene.patients)} if scene.patients else {}
-        document["scenes"].append({**entries[scene.name], **ids, **times, **patients})
+        some = {key: list(values) for key, values in (("times", scene.times), ("patients", scene.patients)) if values}
+        document["scenes"].append({**entries[scene.name], **ids, **some})
     frame = scenes[0].grid.frame if scenes else ""
     axes = attributes.get("axes") or (("x", "y", "z") if frame == "RAS+" else ("z", "y", "x")[-len(tile) :])
     layout = StoreLayout(

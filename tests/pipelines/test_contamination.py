@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mae_core.export import load_encoder
 from mae_core.store import TileStore
 from mae_core.tracking import Tracker, TrackingSettings
 from modalities.catalogue import scan
@@ -16,16 +18,20 @@ from modalities.medical import MriSettings
 from pipelines.contamination import (
     TRAINING_DATA,
     Exposure,
+    Sides,
     TrainingData,
     load_training_data,
     preferred,
     shows_patients,
     source_of,
     trained_on,
+    verdict_facts,
     verdict_on,
 )
+from pipelines.finetune_segmentation import FinetuneSettings
 from pipelines.finetune_segmentation import main as finetune
 from pipelines.frozen_split import Group
+from pipelines.labelled import labelled_store
 from pipelines.preparation import PrepareSettings
 from pipelines.prepare import prepare_store
 from pipelines.pretrain_mri import main as pretrain
@@ -166,6 +172,45 @@ def test_images_of_places_are_left_alone(tmp_path: Path) -> None:
     assert verdict_on(None, store, allow=False) is None
 
 
+def test_pseudonyms_of_another_key_or_of_none_name_nobody(before: TileStore) -> None:
+    """Equal words under two keys are two people; names of a store without a key are not kept at all."""
+    source, key = source_of(before, "pretraining"), before.attributes["pseudonym_key"]
+    blind = source.model_copy(update={"scans": Sides()})
+    trained, held = source.patients.train[0], source.patients.held_out[0]
+    for ours, theirs, is_known in ((key, key, True), (key, "key-1", False), ("", "", False)):
+        exposure = Exposure(TrainingData(sources=(blind.model_copy(update={"key": theirs}),)), ours, "")
+        assert exposure.of([trained], ()) == (is_known, frozenset(), False)
+        assert exposure.of([held], ()) == (False, frozenset(), is_known)
+        assert bool(exposure.doubts) is not is_known
+    nameless = replace(before, whole=replace(before.whole, attributes={**before.attributes, "pseudonym_key": ""}))
+    assert source_of(nameless, "pretraining").patients == Sides()
+    assert source_of(nameless, "pretraining").scans == source.scans
+    assert shows_patients(
+        replace(before, whole=replace(before.whole, index=replace(before.index, voxel_digests=np.full(len(before), None))))
+    )
+
+
+def test_who_was_trained_on_once_is_not_held_out_by_another_training(before: TileStore) -> None:
+    """Known by voxels alone, and in two trainings on two sides."""
+    source = source_of(before, "pretraining")
+    other = source.model_copy(update={"scans": Sides(train=source.scans.held_out)})
+    scan = source.scans.held_out[0]
+    assert Exposure(learned(before), "", "").of(["new"], [scan]) == (False, frozenset(), True)
+    assert Exposure(TrainingData(sources=(source, other)), "", "").of(["new"], [scan]) == (False, {scan}, False)
+
+
+def test_the_test_side_is_held_out_too_and_a_later_form_is_refused(tmp_path: Path, before: TileStore) -> None:
+    side = before.index.split.copy()
+    side[before.rows("train")] = "test"
+    later = replace(before, whole=replace(before.whole, index=replace(before.index, split=side)))
+    verdict = verdict_on(learned(before), later, allow=True)
+    assert verdict is not None
+    assert set(verdict.patients) == set(source_of(before, "pretraining").patients.train)
+    (tmp_path / TRAINING_DATA).write_text('{"format_version": 2}')
+    with pytest.raises(RunError, match=r"training_data\.json of the model is not of a form that this version reads \(1 entries\)"):
+        load_training_data(tmp_path)
+
+
 def test_what_pretraining_held_out_is_held_out_first_and_what_it_saw_is_not(before: TileStore) -> None:
     held = {group for group, side in sides(before).items() if side == "val"}
     trained = set(sides(before)) - held
@@ -201,43 +246,31 @@ def test_the_line_holds_out_what_pretraining_did_and_records_who_it_was_told_to_
     for image in sorted(images.rglob("*.nii.gz")):
         labels = (head(SIZE) > 50).astype(np.uint8)
         save_volume(tmp_path / "labels" / image.relative_to(images), labels)
-    tiny = ["model.encoder.preset=nano", "model.encoder.patch=[7]", "model.decoder.width=16", "model.decoder.depth=1"]
-    steps = ["train.steps=1", "train.eval_steps=1", "train.device=cpu", "train.precision=fp32", "loader.global_batch_size=2"]
-    common = [
-        *steps,
-        f"prepare.tile=[{SIZE},{SIZE},{SIZE}]",
-        "prepare.num_workers=0",
-        f"tracking.uri={uri}",
-        "tracking.system_metrics=false",
-    ]
+    tiny = ["model.encoder.preset=nano", "model.encoder.patch=[7]", "crop=[14]"]
+    tiny += ["model.decoder.width=16", "model.decoder.depth=1", "model.decoder.heads=2", "prepare.split.val_fraction=0.1"]
+    common = ["train.steps=1", "train.eval_steps=1", "train.device=cpu", "train.precision=fp32", "loader.global_batch_size=2"]
+    common += [f"prepare.tile=[{SIZE},{SIZE},{SIZE}]", "prepare.num_workers=0", f"tracking.uri={uri}", "tracking.system_metrics=false"]
     encoder = tmp_path / "encoder"
-    assert (
-        pretrain(
-            [f"data={images}", f"out={encoder}", *tiny, "crop=[14]", "model.decoder.heads=2", "prepare.split.val_fraction=0.1", *common]
-        )
-        == 0
-    )
+    assert pretrain([f"data={images}", f"out={encoder}", *tiny, *common]) == 0
     data = load_training_data(encoder / "model")
     assert data is not None
     assert recall(encoder)["digests"]["split"] == data.sources[0].split == recall(encoder)["config"]["split_digest"]
     assert len(data.sources[0].patients.held_out) == 1
 
-    tuned = [f"encoder={encoder}", f"data={images}", f"labels={tmp_path / 'labels'}", "init=pretrained", "head.features=4", *common]
-    tuned += ["prepare.split.val_fraction=0.3", "prepare.split.seed=5"]
-    assert finetune([*tuned, f"out={tmp_path / 'first'}"]) == 0
+    prepare = PrepareSettings(tile=(SIZE,) * 3, num_workers=0, split=SplitSettings(val_fraction=0.3, seed=5))
+    settings = FinetuneSettings(encoder=str(encoder), data=images, labels=tmp_path / "labels", out=tmp_path / "first", prepare=prepare)
+    first = labelled_store(settings, load_encoder(encoder / "model")[1], data)
     told = " ".join(capsys.readouterr().out.split())
     assert "5 of 6 patients were in the encoder's training data and are trained on again; held out are the 1 that its" in told
-    first = recall(tmp_path / "first")
-    assert first["seen_patients"] == {"status": "none", "patients": [], "scans": 0, "why": ""}
-    assert first["groups"] == {"train": 5, "val": 1}
-    both = load_training_data(tmp_path / "first" / "model")
-    assert both is not None
-    assert [source.role for source in both.sources] == ["pretraining", "fine-tuning"]
-    assert both.sources[1].patients == data.sources[0].patients
+    assert [group for group, side in sides(first).items() if side == "val"] == list(data.sources[0].patients.held_out)
+    verdict = verdict_on(data, first, allow=False)
+    assert verdict is not None
+    assert verdict_facts(verdict) == {"seen_patients": {"status": "none", "patients": [], "scans": 0, "why": ""}}
 
-    anew = [*tuned, "split_like_pretraining=false", f"out={tmp_path / 'second'}"]
+    anew = [f"encoder={encoder}", f"data={images}", f"labels={tmp_path / 'labels'}", "init=pretrained", "head.features=4", *common]
+    anew += ["prepare.split.val_fraction=0.3", "prepare.split.seed=5", "split_like_pretraining=false", f"out={tmp_path / 'second'}"]
     assert finetune(anew) == 1
-    told = " ".join((capsys.readouterr().err).split())
+    told = " ".join(capsys.readouterr().err.split())
     assert "2 of 2 held-out patients were in the encoder's training data" in told
     assert "2 of their scans are known by their voxels" in told
     assert finetune([*anew, "allow_seen_patients=true"]) == 0
@@ -247,3 +280,7 @@ def test_the_line_holds_out_what_pretraining_did_and_records_who_it_was_told_to_
     assert words == "allowed: 2 held-out patients were trained on"
     tags = Tracker(TrackingSettings(uri=uri), tmp_path / "second").client.get_run(second["mlflow"]["run_id"]).data.tags
     assert tags["seen_patients"] == words
+    both = load_training_data(tmp_path / "second" / "model")
+    assert both is not None
+    assert [source.role for source in both.sources] == ["pretraining", "fine-tuning"]
+    assert set(both.sources[1].patients.held_out) == set(second["seen_patients"]["patients"])
