@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -68,9 +71,29 @@ def finish(out: Path, verb: str, config: Mapping[str, Any], facts: Mapping[str, 
         **facts,
         "config": dict(config),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "commit": code_commit(Path(__file__).resolve().parents[1]),
+        "hardware": _hardware(),
     }
     write_json(out / name, result)
     return result
+
+
+def code_commit(checkout: Path) -> str:
+    """The git commit of a checkout, with `-dirty` behind it where files differ from it; empty where there is no checkout or no git."""
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603  words of ours
+    except OSError:
+        return ""
+
+
+def _hardware() -> dict[str, Any]:
+    """What the run was made on, without the machine's name; GPUs where torch was used."""
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if torch is not None else []
+    return {"processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
 
 
 def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path, Registered | None]:

@@ -16,6 +16,7 @@ from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.medical import MriSettings
 from pipelines.catalogue import main as catalogue
+from pipelines.catalogue import split_of
 from pipelines.frozen_split import (
     DrawSettings,
     FrozenSplit,
@@ -33,7 +34,7 @@ from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.prepare import prepare_store
 from pipelines.store import main
 from pipelines.store_merge import merge_stores
-from pipelines.tiling_plan import SplitSettings, held_out_groups
+from pipelines.tiling_plan import SplitSettings, group_order, held_out_groups
 from tests.synthetic_volumes import head, orientations, save_volume, turned
 from tests.tiny_runs import tiny_store, wide
 
@@ -82,6 +83,15 @@ def test_with_one_held_out_side_the_draw_is_that_of_prepare() -> None:
     assert held == held_out_groups(sizes, SplitSettings(val_fraction=0.3, seed=4))
 
 
+def test_the_test_side_is_drawn_first_so_that_it_stays_whatever_is_held_out_beside_it() -> None:
+    groups = [Group((f"subject-{number}",)) for number in range(8)]
+    order = group_order([group.names[0] for group in groups], 3)
+    for val, held in ((0.0, 0), (0.25, 2), (0.5, 4)):
+        split = freeze(groups, DrawSettings(test_fraction=0.25, val_fraction=val, seed=3))
+        found = [split.groups[name].side for name in order]
+        assert found == ["test"] * 2 + ["val"] * held + ["train"] * (6 - held)
+
+
 def test_too_few_groups_and_fractions_that_leave_nothing_are_errors() -> None:
     with pytest.raises(PreparationError, match="2 groups cannot be on 3 sides; give more patients"):
         freeze([Group(("a",)), Group(("b",))], DrawSettings(val_fraction=0.1, test_fraction=0.1))
@@ -99,6 +109,9 @@ def test_a_file_that_was_altered_damaged_or_is_there_already_is_refused(tmp_path
     (tmp_path / "split.json").write_text(text.replace('"test"', '"train"'))
     with pytest.raises(PreparationError, match=r"prepare\.split\.file was altered: its content does not give its sha256"):
         read_split(tmp_path / "split.json")
+    (tmp_path / "split.json").write_text(text.replace("key-1", "key-2"))
+    with pytest.raises(PreparationError, match="was altered"):
+        read_split(tmp_path / "split.json")
     for damage in (text[:-20], "[]", json.dumps({"sha256": ""}), text.replace('"format_version": 1', '"format_version": 2')):
         (tmp_path / "split.json").write_text(damage)
         with pytest.raises(PreparationError, match=r"prepare\.split\.file is no frozen split of this version"):
@@ -114,6 +127,9 @@ def test_unknown_torn_and_foreign_groups_are_errors_that_count_them() -> None:
     with pytest.raises(PreparationError, match=r"does not know 1 of 3 groups \(c\); freeze anew with them, or set prepare.split.unknown"):
         sides_of(split, groups, "refuse", "key-1")
     assert sides_of(split, groups, "train", "key-1") == {"a": "train", "c": "train", "d": "test"}, "a copy is known by its voxels"
+    assert sides_of(split, {"e": Group(("e", "b"))}, "refuse", "key-1") == {"e": "test"}, "by any of its names"
+    with pytest.raises(PreparationError, match=r"1 groups on several sides"):
+        sides_of(split, {"a": Group(("a", "b"))}, "train", "key-1")
     with pytest.raises(PreparationError, match=r"has 1 groups on several sides, because they share a scan with others \(a\)"):
         sides_of(split, {"a": Group(("a",), frozenset({"2"}))}, "train", "key-1")
     with pytest.raises(PreparationError, match="was frozen under the pseudonyms of key-1 and these are of key-2; set TERRAVOX_KEY_FILE"):
@@ -211,11 +227,33 @@ def test_patients_who_share_a_scan_are_known_by_all_their_names(tmp_path: Path) 
                 tmp_path / f"only-{number}", tmp_path / f"{draw is None}-{number}", SplitSettings(file=tmp_path / f"{draw is None}.json")
             )
             assert sides(store) == {name: split.groups[shared[0]].side}
+    assert set(split_of(scan(tmp_path / "one", READER), DrawSettings()).groups) == set(split.groups)
+    (group,) = set(shared) & set(sides(together))
+    (other,) = set(shared) - {group}
+    write_split(tmp_path / "other.json", FrozenSplit(key=split.key, groups={other: Member(side="test")}))
+    assert (
+        sides(prepared(tmp_path / "one", tmp_path / "by-other", SplitSettings(file=tmp_path / "other.json", unknown="train")))[group]
+        == "test"
+    )
     (tmp_path / "one" / "sub-9_ses-1_T1w.nii").unlink()
     (tmp_path / "only-9" / "sub-9_ses-2_T1w.nii").rename(tmp_path / "one" / "sub-9_ses-2_T1w.nii")
     grown = prepared(tmp_path / "one", tmp_path / "store", SplitSettings(val_fraction=0.3))
     assert len(grown) == 5
     assert set(sides(grown)) == set(sides(together)), "the one who came back is still of the two"
+
+
+def test_the_tiles_of_a_store_are_what_is_shared_out_and_all_scans_of_a_patient_are_its_own(tmp_path: Path) -> None:
+    for number, sessions in enumerate((3, 1, 1, 1)):
+        for session in range(sessions):
+            patient(tmp_path / "data", f"sub-{number}_ses-{session}", 10 * number + session)
+    store = prepared(tmp_path / "data", tmp_path / "store", SplitSettings(val_fraction=0.3))
+    known = {name: {scan for (scan,) in store.index.voxel_digests[store.index.group == name]} for name in sides(store)}
+    assert {name: set(member.scans) for name, member in frozen_from(store, None).groups.items()} == known
+    for seed in range(8):
+        split = frozen_from(store, DrawSettings(val_fraction=0.5, seed=seed))
+        held = [split.groups[name].side == "val" for name in store.index.group]
+        assert split_of(scan(tmp_path / "data", READER), DrawSettings(val_fraction=0.5, seed=seed)) == split, "a tile is a scan here"
+        assert 3 <= sum(held) < 6
 
 
 def test_places_are_frozen_by_the_names_of_their_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

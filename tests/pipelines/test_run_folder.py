@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mae_core.settings import to_plain
 from modalities.raster import RasterSettings
 from modalities.satellite import SatelliteSettings
 from modalities.sentinel2 import Sentinel2Settings
-from pipelines.run_folder import RunError, begin, finish, reader_of
+from pipelines.run_folder import RunError, begin, code_commit, finish, reader_of
 
 CONFIG: dict[str, Any] = {"crop": [8], "train": {"steps": 10, "log_steps": 1}, "tracking": {"uri": None}}
 MAY = ("tracking", "train.log_steps")
@@ -66,6 +68,8 @@ def test_a_finished_run_tells_its_result_again(tmp_path: Path) -> None:
     result = finish(tmp_path, "pretrain", CONFIG, {"figures": {"train/loss": 1.5}, "folder": Path("x")})
     assert result["figures"] == {"train/loss": 1.5}
     assert {"python", "torch", "mlflow", "terravox"} <= result["versions"].keys()
+    assert result["hardware"].keys() == {"processor", "cores", "gpus"}
+    assert platform.node() not in result["hardware"].values()
     found = again(tmp_path)
     assert found == {**result, "folder": "x"}
     with pytest.raises(RunError, match=r"train\.steps: 10 -> 11"):
@@ -130,3 +134,15 @@ def test_a_change_of_one_setting_of_a_reader_leaves_the_others_as_in_training() 
     assert reader_of(about, {"kind": "raster"}) == RasterSettings(), "another adapter begins anew"
     with pytest.raises(RunError, match=r"does not fit the adapter satellite: sentinel2\.harmonise: Extra inputs are not permitted$"):
         reader_of(about, {"sentinel2": {"harmonise": True}})
+
+
+def test_the_commit_of_a_checkout_is_known_and_whether_it_was_changed(tmp_path: Path) -> None:
+    assert code_commit(tmp_path) == ""
+    (tmp_path / "code.py").write_text("a = 1\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"], ["tag", "v1"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    assert code_commit(tmp_path) == commit
+    (tmp_path / "code.py").write_text("a = 2\n")
+    assert code_commit(tmp_path) == f"{commit}-dirty"
