@@ -105,9 +105,9 @@ def named_in(data: bytes, more: Collection[bytes] = ()) -> set[str]:
     """Which identifiers stand in some bytes, in any of their forms; `more` are beginnings of digests that may not stand there either."""
     low = data.lower()
     hits = {what for what, forms in WANTED.items() if any(form in low for form in forms)}
-    numbers = b" ".join(_HEXADECIMAL.findall(low))
-    hits |= {what for what, wanted in DIGESTS.items() if any(digest in numbers for digest in wanted)}
-    return hits | ({"a digest"} if any(digest in numbers for digest in more) else set())
+    numbers = {run[start : start + 16] for run in set(_HEXADECIMAL.findall(low)) for start in range(len(run) - 15)}
+    hits |= {what for what, wanted in DIGESTS.items() if not wanted.isdisjoint(numbers)}
+    return hits | ({"a digest"} if not numbers.isdisjoint(more) else set())
 
 
 def found_in(folders: Iterable[Path], more: Collection[bytes] = ()) -> dict[str, set[str]]:
