@@ -12,15 +12,13 @@ from pydantic import Field, ValidationError
 
 from mae_core.settings import Settings
 from mae_core.store import TileStore
+from modalities.patients import PSEUDONYM_KEY, of_patients
 from pipelines.frozen_split import Group, all_names, joined_patients, split_digest
 from pipelines.progress import console
 from pipelines.run_folder import RunError
 
 TRAINING_DATA = "training_data.json"
 """Beside the weights of a model; sealed with them."""
-
-SCANS = ("mri", "ct", "xray")
-"""Kinds of stores that show patients."""
 
 BLOCK = " block "
 """Between a patient and a part of it, where patients are divided (`prepare.split.unit=block`)."""
@@ -118,12 +116,12 @@ class Verdict:
 
 def shows_patients(store: TileStore) -> bool:
     """Whether a store holds scans of patients; places on the ground are told apart by where they lie, not here."""
-    return store.kind in SCANS or any(store.index.voxel_digests.tolist())
+    return of_patients(store.kind) or any(store.index.voxel_digests.tolist())
 
 
 def source_of(store: TileStore, role: Literal["pretraining", "fine-tuning"]) -> Source:
     """What a store of scans adds to what a model was trained on. Groups of a store without a key may be names, and are left out."""
-    key = str(store.attributes.get("pseudonym_key", ""))
+    key = str(store.attributes.get(PSEUDONYM_KEY, ""))
     sides: dict[bool, tuple[set[str], set[str]]] = {True: (set(), set()), False: (set(), set())}
     index, joined = store.index, joined_patients(store)
     for group, digests, side in set(zip(index.group.tolist(), index.voxel_digests.tolist(), index.split.tolist(), strict=True)):
@@ -278,7 +276,7 @@ def verdict_on(data: TrainingData | None, store: TileStore, *, allow: bool) -> V
     scans: dict[str, set[str]] = {}
     for row in np.flatnonzero(index.split != "train").tolist():
         scans.setdefault(index.group[row], set()).update(index.voxel_digests[row])
-    exposure = Exposure(data, str(store.attributes.get("pseudonym_key", "")), blocks_of(store))
+    exposure = Exposure(data, str(store.attributes.get(PSEUDONYM_KEY, "")), blocks_of(store))
     found = {group: exposure.of(names_of(group, joined), digests) for group, digests in scans.items()}
     patients = tuple(sorted(group for group, (by_name, seen, _) in found.items() if by_name or seen))
     num_scans = len(set().union(*(seen for _, seen, _ in found.values())))

@@ -14,6 +14,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from mae_core.settings import Settings
 from mae_core.store import TileIndex, TileStore
+from modalities.patients import PSEUDONYM_KEY
+from pipelines.preparation_extension import listed
 from pipelines.tiling_plan import PreparationError, group_order
 
 Side = Literal["train", "val", "test"]
@@ -134,7 +136,7 @@ def frozen_from(store: TileStore, settings: DrawSettings | None) -> FrozenSplit:
     for group, digests in zip(index.group.tolist(), index.voxel_digests.tolist(), strict=True):
         scans.setdefault(group, set()).update(digests)
         sizes[group] = sizes.get(group, 0) + 1
-    key = str(store.attributes.get("pseudonym_key", ""))
+    key = str(store.attributes.get(PSEUDONYM_KEY, ""))
     joined = joined_patients(store)
     groups = [Group(all_names(group, joined.get(group, ())), frozenset(scans[group]), sizes[group]) for group in scans]
     if settings is not None:
@@ -148,7 +150,10 @@ def all_names(group: str, patients: Iterable[str]) -> tuple[str, ...]:
 
 
 def joined_patients(store: TileStore) -> dict[str, tuple[str, ...]]:
-    """The pseudonyms of the patients of every group of a store that is several, because they share a scan."""
+    """The pseudonyms of the patients of every group of a store that is several, because they share a scan.
+
+    Of a store that grew, those that were known when scans of them came in: who brought nothing but a copy later is known by its voxels.
+    """
     found: dict[str, set[str]] = {}
     for folder in store.folders:
         for entry in folder.manifest.get("plan", {}).get("scenes", ()):
@@ -217,12 +222,12 @@ def sides_of(split: FrozenSplit, groups: Mapping[str, Group], unknown: Literal["
     torn = sorted(name for name, sides in found.items() if len(sides) > 1)
     if torn:
         raise PreparationError(
-            f"{SETTING} has {len(torn)} groups on several sides, because they share a scan with others ({_listed(torn)}); freeze anew"
+            f"{SETTING} has {len(torn)} groups on several sides, because they share a scan with others ({listed(torn)}); freeze anew"
         )
     strange = sorted(name for name, sides in found.items() if not sides)
     if strange and unknown == "refuse":
         raise PreparationError(
-            f"{SETTING} does not know {len(strange)} of {len(groups)} groups ({_listed(strange)}); freeze anew with them, "
+            f"{SETTING} does not know {len(strange)} of {len(groups)} groups ({listed(strange)}); freeze anew with them, "
             "or set prepare.split.unknown=train to train on them"
         )
     return {name: next(iter(sides), "train") for name, sides in found.items()}
@@ -237,7 +242,3 @@ def split_digest(index: TileIndex) -> str:
 def digest_of_sides(pairs: Iterable[tuple[str, str]]) -> str:
     """SHA-256 of pairs of group and side."""
     return hashlib.sha256(json.dumps(sorted(set(pairs))).encode()).hexdigest()
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -176,7 +176,7 @@ def _unseen(prepare: PrepareSettings, scenes: Sequence[Scene], seen: TrainingDat
         scans.setdefault(split_group(scene.group, tile, split), set()).update(scene.voxel_digests)
     groups = {group: Group(names_of(group, joined), frozenset(digests)) for group, digests in scans.items()}
     blocks = block_words(split.block_tiles, prepare.tile) if split.unit == "block" else ""
-    return split.model_copy(update=preferred(seen, str(attributes.get("pseudonym_key", "")), blocks, groups))
+    return split.model_copy(update=preferred(seen, str(attributes.get(PSEUDONYM_KEY, "")), blocks, groups))
 
 
 def class_attributes(labelling: Labelling) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.ground import centres
+from modalities.patients import PSEUDONYM_KEY
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.channel_conflicts import refuse_mixed
 from pipelines.frozen_split import FrozenSplit, Group, read_split, sides_of
@@ -297,7 +298,7 @@ def _frozen_sides(
         names.setdefault(group, []).extend((scene.group, *scene.patients))
         scans.setdefault(group, set()).update(scene.voxel_digests)
     found = {group: Group(tuple(names[group]), frozenset(scans[group])) for group in names}
-    return sides_of(frozen, found, split.unknown, str(attributes.get("pseudonym_key", "")))
+    return sides_of(frozen, found, split.unknown, str(attributes.get(PSEUDONYM_KEY, "")))
 
 
 def _described(channel: Channel) -> dict[str, Any]:

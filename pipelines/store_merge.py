@@ -14,6 +14,8 @@ from mae_core.store_files import LocalFiles
 from mae_core.store_view import VIEW, combine, write_view
 from modalities.ground import UNPLACED, footprints
 from modalities.patients import PSEUDONYM_KEY
+from pipelines.contamination import names_of
+from pipelines.frozen_split import joined_patients
 from pipelines.ground_check import nearest
 from pipelines.ground_split import SHARED_SLACK
 from pipelines.tiling_plan import Ground, overlapping
@@ -45,9 +47,24 @@ def checked(stores: Sequence[Path], out: Path) -> list[TileStore]:
             "prepare them again with one key (TERRAVOX_KEY_FILE)"
         )
     combine(LocalFiles(out), [store.folders[0] for store in opened])
+    _check_patients(opened)
     for one, other in permutations(opened, 2):
         _check_ground(one, other)
     return opened
+
+
+def _check_patients(stores: Sequence[TileStore]) -> None:
+    """No patient who shares a scan with others is trained on in one store and held out in another, under whichever of the names."""
+    side: dict[str, bool] = {}
+    for store in stores:
+        joined = joined_patients(store)
+        for group, is_trained in set(zip(store.index.group.tolist(), (store.index.split == "train").tolist(), strict=True)):
+            for name in names_of(group, joined):
+                if side.setdefault(name, is_trained) != is_trained:
+                    raise StoreError(
+                        f"{store.label}: patient {name}, who shares a scan with others, is trained on in one store and held out "
+                        "in another; prepare them as one, or with one split (prepare.split.file)"
+                    )
 
 
 def _check_ground(one: TileStore, other: TileStore) -> None:

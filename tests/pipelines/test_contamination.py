@@ -20,6 +20,7 @@ from pipelines.contamination import (
     Exposure,
     Sides,
     TrainingData,
+    blocks_of,
     load_training_data,
     preferred,
     shows_patients,
@@ -229,6 +230,12 @@ def test_parts_of_patients_are_compared_as_parts_only_where_both_are_cut_alike(t
     same = verdict_on(learned(blocks), blocks, allow=False)
     assert same is not None
     assert same.status == "none", "each block is on one side, though each scan is on both"
+    row = blocks.rows("train")[0]
+    group, (digest,) = blocks.index.group[row], blocks.index.voxel_digests[row]
+    part = digest + group[group.index(" block ") :]
+    assert Exposure(learned(blocks), "", blocks_of(blocks)).of([group], [digest]) == (False, {part}, False), (
+        "known by the voxels of the block"
+    )
     whole = verdict_on(learned(blocks), prepared(data, tmp_path / "whole", val_fraction=0.3), allow=True)
     assert whole is not None
     assert len(whole.patients) == 1, "a patient of whom a part was trained on"

@@ -235,6 +235,13 @@ def test_patients_who_share_a_scan_are_known_by_all_their_names(tmp_path: Path) 
         sides(prepared(tmp_path / "one", tmp_path / "by-other", SplitSettings(file=tmp_path / "other.json", unknown="train")))[group]
         == "test"
     )
+    away = "train" if sides(together)[group] == "val" else "test"
+    write_split(tmp_path / "away.json", FrozenSplit(key=split.key, groups={other: Member(side=away)}))
+    number = next(number for number, name in alone.items() if name == other)
+    patient(tmp_path / f"only-{number}", "sub-8_ses-2", 90)
+    torn = prepared(tmp_path / f"only-{number}", tmp_path / "torn", SplitSettings(file=tmp_path / "away.json", unknown="train"))
+    with pytest.raises(StoreError, match=f"patient {other}, who shares a scan with others, is trained on in one store and held out in"):
+        merge_stores([together.path, torn.path], tmp_path / "view")
     (tmp_path / "one" / "sub-9_ses-1_T1w.nii").unlink()
     (tmp_path / "only-9" / "sub-9_ses-2_T1w.nii").rename(tmp_path / "one" / "sub-9_ses-2_T1w.nii")
     grown = prepared(tmp_path / "one", tmp_path / "store", SplitSettings(val_fraction=0.3))
