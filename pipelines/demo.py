@@ -10,6 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from mae_core.settings import Settings
+from modalities.catalogue import scan
+from modalities.medical import MriSettings
 from modalities.patients import of_patients
 from modalities.samples import TISSUES, write_mri_sample, write_satellite_sample
 from modalities.scene import SceneError
@@ -90,7 +92,7 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     held_out = recall(segmenter)["figures"]["held_out"]
     dice = ", ".join(f"{arm} {scores['mean_dice']:.3f}" for arm, scores in held_out.items())
     done[f"{modality} segmenter"] = f"{recall(segmenter)['mlflow']['alias']}, held-out mean Dice {dice}"
-    first = min(path for path in images.rglob("*") if path.is_file() and path.name.endswith(ENDINGS[modality]))
+    first = _first(images, modality)
     name = "first" if of_patients(modality) and not split else first.name.split(".")[0]
     place = out / f"{name}_labels{ENDINGS[modality]}"
     _run(
@@ -108,6 +110,20 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     )
     done["predicted labels"] = str(place)
     return done
+
+
+def _first(images: Path, modality: str) -> Path:
+    """The first image by name; of scans, the first that can be used.
+
+    Raises:
+        RunError: All scans are DICOM series.
+    """
+    if modality == "mri":
+        files = [file for scene in scan(images, MriSettings()).scenes for file in scene.files if file.name.endswith(ENDINGS["mri"])]
+        if not files:
+            raise RunError("the demo labels one NIfTI file at its end, and no usable scan of --data is one; use predict for DICOM")
+        return min(files)
+    return min(path for path in images.rglob("*") if path.is_file() and path.name.endswith(ENDINGS[modality]))
 
 
 def _run(verb: object, arguments: list[str]) -> None:

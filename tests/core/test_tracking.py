@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -97,6 +98,14 @@ def test_a_run_is_running_and_then_finished(tracker: Tracker) -> None:
     assert len(found.data.params["long"]) == 6000
     assert found.data.tags["source"] == found.data.tags["mlflow.source.name"] == "pipelines/pretrain.py"
     assert found.data.tags["extra"] == "yes"
+
+
+def test_a_value_that_is_no_number_stays_none(tracker: Tracker) -> None:
+    with tracker.run("nan", None, CONFIG, TAGS) as run:
+        run.metrics({"val/skill": math.nan, "val/error": 1.0}, step=1)
+    [(step, value)] = points(tracker, "val/skill")
+    assert step == 1
+    assert math.isnan(value)
 
 
 @pytest.mark.parametrize(("error", "state"), [(ValueError("x"), "FAILED"), (SystemExit(1), "FAILED"), (KeyboardInterrupt(), "KILLED")])
