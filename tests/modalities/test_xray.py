@@ -45,7 +45,7 @@ def test_a_grey_png_is_a_scene_that_lies_on_no_map(tmp_path: Path, dtype: str) -
     assert (scene.grid.frame, scene.grid.unit, scene.times) == ("", "index", ())
     assert np.isnan(centres([scene.grid.frame], [scene.grid.matrix.ravel()], [scene.grid.space])).all()
     assert "7" not in scene.group.split("-")[0]
-    assert "patient" not in repr(scene)
+    assert "patient-7" not in repr(scene)
 
 
 @pytest.mark.parametrize("intensity", ["zscore", "percentile"])
