@@ -28,6 +28,7 @@ from mae_core.parallel import Parallel
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, TrackingSettings, fetch_model
 from pipelines import pretrain as verb
+from pipelines.frozen_split import split_digest
 from pipelines.pretrain import main
 from tests.tiny_runs import ROOT, TINY, arguments, environment, one_thread, quick, shared_store, shared_tracking, tiny_recipe, two_processes
 
@@ -100,7 +101,8 @@ def test_the_result_holds_figures_digests_settings_and_versions(finished: Finish
     result = finished.result
     assert result["verb"] == "pretrain"
     assert {"train/loss", "val/error", "val/skill", "val/skill/A", "val/skill/B"} <= result["figures"].keys()
-    assert result["digests"] == {"store": store.digest, "weights": sha256(finished.out / "model" / "model.safetensors")}
+    weights = sha256(finished.out / "model" / "model.safetensors")
+    assert result["digests"] == {"store": store.digest, "split": split_digest(store.index), "weights": weights}
     assert result["mlflow"]["uri"] == uri
     assert result["mlflow"]["alias"] == "models:/terravox-raster-encoder@candidate"
     assert result["config"]["crop"] == [8, 8]
