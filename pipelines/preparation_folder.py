@@ -70,6 +70,7 @@ def claimed(out: Path, plan: PreparationPlan) -> Iterator[None]:
             _sweep(out, plan)
             write_file(progress / "plan.json", encode_json(plan.document))
             yield
+            _sweep_temporary(out)  # of workers that were killed while others went on
             shutil.rmtree(progress)
     except OSError as error:
         raise cannot_write(out, error) from error
@@ -98,8 +99,7 @@ def _locked(out: Path) -> Iterator[None]:
 def _complete(out: Path) -> None:
     try:
         complete(out)
-        for leftover in out.rglob(f"*{TEMPORARY}"):
-            leftover.unlink(missing_ok=True)
+        _sweep_temporary(out)
         shutil.rmtree(out / "progress")
     except FileNotFoundError:  # another run was at its end and has done it
         return
@@ -109,10 +109,16 @@ def _complete(out: Path) -> None:
         raise PreparationError(f"{out / COMMIT} is damaged ({error!r}); restore it, or delete the folder and prepare again") from error
 
 
+def _sweep_temporary(out: Path) -> None:
+    for leftover in out.rglob(f"*{TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
+
+
 def _sweep(out: Path, plan: PreparationPlan) -> None:
     """Removes half-written and waiting files, and shards that a run began by another plan than this one added to a finished store."""
-    for leftover in (*out.rglob(f"*{TEMPORARY}"), *out.rglob(f"*{NEXT}")):
-        leftover.unlink(missing_ok=True)
+    _sweep_temporary(out)
+    for waiting in out.rglob(f"*{NEXT}"):
+        waiting.unlink(missing_ok=True)
     begun = out / "progress" / "plan.json"
     if plan.earlier is None or not begun.is_file() or begun.read_bytes() == encode_json(plan.document):
         return

@@ -224,11 +224,12 @@ def test_a_slurm_job_killed_in_the_middle_of_a_task_is_followed_by_another(slurm
     def kill(pid: int) -> None:
         os.killpg(os.getpgid(pid), signal.SIGKILL)
         (slurm / "1" / "over").touch()
+        (tmp_path / "out" / "pixels" / "c.b092c57e.tmp").touch()  # what it was writing, wherever the kill met it
 
     with once_held(tmp_path, kill):
         settings = cluster(cores=2, queue="short", account="p1", directives=["--constraint=ssd"])
         prepare(held_scenes(tmp_path), tmp_path / "out", settings, progress=progress)
-    assert tree(tmp_path / "out") == whole, "neither keys nor logs are left"
+    assert tree(tmp_path / "out") == whole, "neither keys, logs nor what was half written are left"
     assert {path.name for path in slurm.iterdir()} == {"1", "2"}
     assert all((job / "over").exists() for job in slurm.iterdir()), "no job is left behind"
     assert set(keys) == {0o600}, "the keys were there, for their owner alone"
