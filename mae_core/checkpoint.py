@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class TrainState:
         optimiser: AdamW.
         step: Updates done.
         run_id: Of the tracked run, so that a resumed job continues it.
+        window: Loss and gradient norm of the steps that no report has covered yet.
     """
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
     step: int = 0
     run_id: str | None = None
+    window: list[tuple[float, float]] = field(default_factory=list)
 
 
 def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int) -> Path:
@@ -56,7 +58,13 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
         aside.mkdir(parents=True)
         save_file(_weights(state.model), aside / "model.safetensors")
         save_file(_optimiser_tensors(state), aside / "optimiser.safetensors")
-        record = {"step": state.step, "run_id": state.run_id, "settings": dict(settings), "torch": torch.__version__}
+        record = {
+            "step": state.step,
+            "run_id": state.run_id,
+            "window": state.window,
+            "settings": dict(settings),
+            "torch": torch.__version__,
+        }
         (aside / "state.json").write_text(json.dumps(record, indent=1, sort_keys=True))
         seal(aside)
         if final.exists():
@@ -96,6 +104,7 @@ def restore(state: TrainState, folder: Path, say: Callable[[str], None]) -> dict
         _load_weights(state.model, load_file(path / "model.safetensors"), path)
         _load_optimiser(state, load_file(path / "optimiser.safetensors"))
         state.step, state.run_id = record["step"], record["run_id"]
+        state.window = [(loss, norm) for loss, norm in record.get("window", [])]
         return record
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is sound; start again with another --out")

@@ -168,6 +168,9 @@ class Tracker:
         if new:
             mlflow.log_metrics(new, step=step, run_id=self.run_id, synchronous=True)
 
+    def covered(self, step: int) -> None:
+        """A checkpoint of this step is on disk for good."""
+
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
         """Log a picture at a step, if pictures are wanted."""
         if self.images and not self._has_image(key, step):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
@@ -16,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.augment import RawBatch
-from mae_core.checkpoint import TrainState, save
+from mae_core.checkpoint import TrainState
+from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.loader import Stream
 from mae_core.masking import STREAM_STEP, counter_bits
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr
+from mae_core.pulse import Pulse
 from mae_core.settings import Settings
+from mae_core.stopping import Stopped, StopRequest
 
 
 class TrainSettings(Settings):
@@ -89,11 +91,18 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """Where checkpoints go, and the resolved settings that are stored in each."""
+class Surroundings:
+    """What a loop stands in.
 
-    folder: Path
-    record: Mapping[str, Any]
+    Attributes:
+        checkpoints: Writes them; None writes none.
+        stop: Whether this process was asked to stop.
+        pulse: Told where the process is.
+    """
+
+    checkpoints: CheckpointWriter | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 def train(
@@ -102,7 +111,7 @@ def train(
     stream: Stream,
     settings: TrainSettings,
     optim: OptimSettings,
-    checkpoints: Checkpoints | None,
+    around: Surroundings,
     report: Callable[[Report], None],
 ) -> None:
     """Train `state` in place from its step to the last.
@@ -117,11 +126,12 @@ def train(
         stream: Where samples come from.
         settings: Length, intervals, precision.
         optim: Rate, schedule and clipping.
-        checkpoints: Where to write them; None writes none.
+        around: Where checkpoints go, who may stop the run and who watches it.
         report: Called on every process after `log_steps` updates and after an evaluation.
 
     Raises:
         TrainingError: The loss or the gradient is not finite; no checkpoint is written after that.
+        Stopped: One of the processes was asked to stop; all have saved the same step.
     """
     parallel = stream.parallel
     if settings.compile != "off":
@@ -129,8 +139,10 @@ def train(
     model = parallel.wrap(state.model)
     model.train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
-    window = _Window()
+    window = _Window(state)
+    stopping = _Agreement()
     for batches, waited in stream.steps(state.step, settings.steps):
+        around.pulse.beat(state.step, "step")
         torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
         set_lr(state.optimiser, lr * lr_factor(state.step, settings.steps, optim))
         losses = []
@@ -139,7 +151,8 @@ def train(
                 loss = task.loss(model, raw, state.step / settings.steps)
             (loss.total / loss.nominal).backward()
             losses.append(loss)
-        total, count = parallel.sum(torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0))
+        own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0)
+        total, count, asked = parallel.sum(torch.cat([own, own.new_tensor([float(bool(around.stop))])]))
         factor = losses[0].nominal * parallel.world / count.clamp(min=1)
         gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
         torch._foreach_mul_(gradients, factor)
@@ -152,17 +165,25 @@ def train(
             rate = {"train/lr": state.optimiser.param_groups[-1]["lr"]}
             report(Report(state.step, window.close(state.step) | rate | stream.damage()))
         if _due(state.step, settings.eval_steps, settings):
+            around.pulse.beat(state.step, "evaluation")
             window.check(state.step)
             eager = torch.compiler.set_stance("force_eager")  # held-out batches have shapes of their own
             with window.paused(), eager, torch.inference_mode(), autocast(settings.precision, parallel.device):
                 model.eval()
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
                 model.train()
-        if checkpoints is not None and _due(state.step, settings.checkpoint_steps, settings):
-            window.check(state.step)
-            if parallel.is_first:
-                save(state, checkpoints.folder, checkpoints.record, settings.keep_checkpoints)
-            parallel.barrier()
+        stop = stopping.reached(asked) and state.step < settings.steps
+        if around.checkpoints is not None and (stop or _due(state.step, settings.checkpoint_steps, settings)):
+            around.pulse.beat(state.step, "save")
+            window.keep(state)
+            around.checkpoints.save(state)
+        if stop:
+            if around.checkpoints is not None:
+                around.checkpoints.wait()
+            raise Stopped(f"asked to stop ({around.stop.signal or 'by another process'}); step {state.step} of {settings.steps} is saved")
+    if around.checkpoints is not None:
+        around.checkpoints.wait()
+    around.pulse.beat(state.step, "end")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -180,11 +201,34 @@ def computes_bf16(device: torch.device) -> bool:
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
-class _Window:
-    """Losses since the last report, kept on the device so that a step need not wait for them."""
+class _Agreement:
+    """Whether any process was asked to stop, as all processes know it after the same step.
+
+    The sum of the flags is on its way from the device while the next step runs, so on a GPU it is acted on one step later.
+    """
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Tensor, Tensor, list[Loss]]] = []
+        self._before: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def reached(self, asked: Tensor) -> bool:
+        """Whether it is time to stop."""
+        if asked.device.type != "cuda":
+            return bool(asked > 0)
+        before, event = self._before, torch.cuda.Event()
+        copy = torch.empty_like(asked, device="cpu", pin_memory=True).copy_(asked, non_blocking=True)
+        event.record()
+        self._before = copy, event
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0] > 0)
+
+
+class _Window:
+    """Losses since the last report, kept on the device so that a step need not wait for them; those of before a restart come along."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.steps: list[tuple[Tensor, Tensor, list[Loss]]] = [(torch.tensor(loss), torch.tensor(norm), []) for loss, norm in state.window]
         self.waited, self.samples = 0.0, 0
         self.began = perf_counter()
 
@@ -207,13 +251,18 @@ class _Window:
                 "The last checkpoint is from before; lower optim.base_lr or look at these tiles, then run again"
             )
 
+    def keep(self, state: TrainState) -> None:
+        """Put what the next report is to be made of into the state, so that a run that goes on reports the same."""
+        self.check(state.step)
+        state.window = [(float(loss), float(norm)) for loss, norm, _ in self.steps]
+
     def close(self, step: int) -> dict[str, float]:
         """Metrics of the window; a new one begins."""
         self.check(step)
         seconds = perf_counter() - self.began
         metrics = {
-            "train/loss": float(torch.stack([loss for loss, _, _ in self.steps]).mean()),
-            "train/grad_norm": float(torch.stack([norm for _, norm, _ in self.steps]).mean()),
+            "train/loss": float(torch.stack([loss.cpu() for loss, _, _ in self.steps]).mean()),
+            "train/grad_norm": float(torch.stack([norm.cpu() for _, norm, _ in self.steps]).mean()),
             "speed/samples_per_second": self.samples / seconds,
             "speed/data_wait_fraction": self.waited / seconds,
         }

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from mae_core.settings import Settings, flatten, to_plain
+from mae_core.stopping import REQUEUE, Stopped
 from pipelines.config_files import NO_INTERPOLATION, ConfigError, put, read_config, typed, without_holes
 from pipelines.settings_words import (
     Setting,
@@ -111,7 +112,8 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
         argv: Arguments after the name of the program; those of this process if None.
 
     Returns:
-        0 done; 1 an error that was expected; 2 wrong settings, or `--check` found problems; 130 interrupted.
+        0 done; 1 an error that was expected; 2 wrong settings, or `--check` found problems; 75 stopped on a signal, to be run again;
+        130 interrupted.
     """
     base = _base(settings_type, defaults or {})
     given = parse(sys.argv[1:] if argv is None else argv)
@@ -132,6 +134,9 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
     except expected as error:
         _say(f"terravox {verb}: error: {error}", sys.stderr)
         return 1
+    except Stopped as stopped:
+        _say(f"terravox {verb}: {stopped}; run the same command again to go on", sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         _say(f"terravox {verb}: interrupted", sys.stderr)
         return 130

@@ -32,10 +32,11 @@ from mae_core.parallel import Parallel, processes
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
 from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
-from mae_core.train import Checkpoints, Report, TrainSettings, train
+from mae_core.train import TrainSettings, train
 from mae_core.vit import Block, Encoder
 from modalities.label_file import LabelOptions
 from modalities.scene import SceneError
+from pipelines.attempt import attempt
 from pipelines.bands import store_matching
 from pipelines.case_report import summary as case_summary
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
@@ -51,7 +52,7 @@ from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told
-from pipelines.progress import console, training
+from pipelines.progress import console
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
@@ -291,18 +292,12 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
                 )
             )
             state.run_id = child.run_id
-        display = stack.enter_context(training(f"{arm} seed {seed}", state.step, settings.train.steps, quiet=tracker is None))
-
-        def report(what: Report) -> None:
-            display.show(what)
-            if child is not None:
-                child.metrics(what.metrics, what.step)
-
+        running = stack.enter_context(attempt(f"{arm} seed {seed}", folder, state, stream, settings.train, job.config, child))
         encoder = model.encoder
         tokens = math.prod(encoder.layout(settings.crop).full_grid)
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
         with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
-            train(task, state, stream, settings.train, settings.optim, Checkpoints(folder / "checkpoints", job.config), report)
+            train(task, state, stream, settings.train, settings.optim, running.surroundings, running.report)
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
         about = segmenter_description(job, arm, child.run_id if child is not None else "")
         judge = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel)

@@ -32,11 +32,12 @@ from mae_core.parallel import DeviceError, processes
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
-from mae_core.train import Checkpoints, Report, TrainingError, TrainSettings, train
+from mae_core.train import TrainingError, TrainSettings, train
 from mae_core.vit import channel_groups
 from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
+from pipelines.attempt import attempt
 from pipelines.bands import described
-from pipelines.command_line import run
+from pipelines.command_line import run as run_verb
 from pipelines.contamination import files_of, trained_on
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
@@ -52,7 +53,7 @@ from pipelines.pretrain_start import (
     store_in_time,
     tell_transfer,
 )
-from pipelines.progress import console, training
+from pipelines.progress import console
 from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
@@ -199,8 +200,6 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
     tell_start(store, recipe, state, lr, len(stream.rows), held_out, say)
     if transfer is not None and parallel.is_first and not state.step:
         tell_transfer(transfer, recipe.init.encoder)
-    last: dict[str, float] = {}
-    told_damage: list[str] = []
     with ExitStack() as stack:
         tracker = None
         if parallel.is_first:
@@ -217,24 +216,14 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         task = replace(task, perceptual=perceptual_loss(recipe.perceptual, store, normaliser, recipe.tracking, out, parallel.device))
         if not state.step:
             fit_basis(task, model, stream.rows)
-        display = stack.enter_context(training("pretraining", state.step, recipe.train.steps, quiet=not parallel.is_first))
-
-        def report(what: Report) -> None:
-            last.update(what.metrics)
-            display.show(what)
-            while len(told_damage) < len(stream.damaged):
-                told_damage.append(list(stream.damaged.values())[len(told_damage)])
-                console.print(f"[yellow]damaged tile {len(told_damage)}, fed as wholly invalid[/]: {told_damage[-1]}")
-            if tracker is not None:
-                tracker.metrics(what.metrics, what.step)
-
+        run = stack.enter_context(attempt("pretraining", out, state, stream, recipe.train, config, tracker))
         shapes = attention_shapes(model, recipe.crop, recipe.hiding.mask_ratio)
         with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels:
-            train(task, state, stream, recipe.train, recipe.optim, Checkpoints(out / "checkpoints", config), report)
+            train(task, state, stream, recipe.train, recipe.optim, run.surroundings, run.report)
         if tracker is None:
             return {}
         facts = {
-            "figures": last or _told_metrics(tracker),
+            "figures": run.last or _told_metrics(tracker),
             "attention": kernels,
             **_finish(store, out, recipe, model, tracker, normaliser, begun),
         }
@@ -420,7 +409,7 @@ def check(settings: PretrainSettings) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; its exit code."""
-    return run("pretrain", PretrainSettings, work, check=check, description=DESCRIPTION, expected=EXPECTED, argv=argv)
+    return run_verb("pretrain", PretrainSettings, work, check=check, description=DESCRIPTION, expected=EXPECTED, argv=argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from mae_core.checkpoint import TrainState
+from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.evaluate import Pretraining
 from mae_core.loader import Stream
 from mae_core.mae import MaskedAutoencoder
 from mae_core.optim import learning_rate, make_optimiser
 from mae_core.parallel import Parallel
 from mae_core.store import TileStore
-from mae_core.train import Checkpoints, Report, train
+from mae_core.train import Report, Surroundings, train
 from modalities.quality import Quality
 from pipelines.config_files import put
 from pipelines.preparation import PrepareSettings, prepare
@@ -144,8 +145,8 @@ class TinyRun:
     stream: Stream
     task: Pretraining
 
-    def train(self, last: int | None = None, checkpoints: Checkpoints | None = None) -> list[Report]:
-        """Train to step `last` (default: the recipe's) of the schedule of the whole run; all reports.
+    def train(self, last: int | None = None, checkpoints: Path | None = None, **around: Any) -> list[Report]:
+        """Train to step `last` (default: the recipe's) of the schedule of the whole run; all reports. Checkpoints go into a folder.
 
         A run that ends earlier is cut off from outside, as a kill would.
         """
@@ -156,8 +157,11 @@ class TinyRun:
             if what.step == last and "train/loss" in what.metrics:
                 raise _CutOffError
 
-        with suppress(_CutOffError):
-            train(self.task, self.state, self.stream, self.recipe.train, self.recipe.optim, checkpoints, report)
+        keep = self.recipe.train.keep_checkpoints
+        writer = None if checkpoints is None else CheckpointWriter(checkpoints, {}, keep, self.stream.parallel)
+        surroundings = Surroundings(writer, **around)
+        with suppress(_CutOffError), writer or nullcontext():
+            train(self.task, self.state, self.stream, self.recipe.train, self.recipe.optim, surroundings, report)
         return reports
 
 

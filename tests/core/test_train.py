@@ -13,7 +13,7 @@ import torch
 
 from mae_core.checkpoint import restore, steps
 from mae_core.store import TileStore
-from mae_core.train import Checkpoints, TrainingError, TrainSettings, autocast, train
+from mae_core.train import Surroundings, TrainingError, TrainSettings, autocast, train
 from tests.synthetic_batches import with_index
 from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run
 
@@ -40,13 +40,13 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path: Path, tmp_path_fa
     whole = tiny_run(store, recipe)
     reports = whole.train()
     cut = tiny_run(store, recipe)
-    before = cut.train(last=4, checkpoints=Checkpoints(tmp_path, {}))
+    before = cut.train(last=4, checkpoints=tmp_path)
     assert [path.name for path in steps(tmp_path)] == ["step-00000003"]
     torch.manual_seed(99)
     later = tiny_run(store, recipe)
     restore(later.state, tmp_path, pytest.fail)
     assert later.state.step == 3
-    after = later.train(checkpoints=Checkpoints(tmp_path, {}))
+    after = later.train(checkpoints=tmp_path)
     known = weights(whole)
     assert all(torch.equal(tensor, known[name]) for name, tensor in weights(later).items())
     for key in ("train/loss", "train/grad_norm", "train/lr", "val/error", "val/skill/A"):
@@ -106,7 +106,7 @@ def test_a_sample_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path, 
     with pytest.raises(
         TrainingError, match=rf"step 3: loss nan, gradient norm nan: not finite, in tiles \[{tile}\]\. .*lower optim\.base_lr"
     ):
-        run.train(checkpoints=Checkpoints(tmp_path, {}))
+        run.train(checkpoints=tmp_path)
     assert [path.name for path in steps(tmp_path)][-1:] == ["step-00000002"]
     sound = tiny_run(store, recipe)
     restore(sound.state, tmp_path, pytest.fail)
@@ -116,7 +116,7 @@ def test_a_sample_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path, 
 def test_a_rate_that_explodes_stops_the_run_before_a_checkpoint(tmp_path: Path, store: TileStore) -> None:
     run = tiny_run(store, tiny_recipe(train__steps=50, optim__base_lr=1e38, train__checkpoint_steps=50, train__eval_steps=50))
     with pytest.raises(TrainingError, match=r"step \d+: loss .*not finite, in .*The last checkpoint is from before"):
-        run.train(checkpoints=Checkpoints(tmp_path, {}))
+        run.train(checkpoints=tmp_path)
     assert steps(tmp_path) == []
 
 
@@ -149,7 +149,7 @@ def test_a_store_without_held_out_tiles_can_be_trained_on(store: TileStore) -> N
     run = tiny_run(store, tiny_recipe(train__steps=2))
     task = dataclasses.replace(run.task, held_out=np.empty(0, np.int64))
     reports: list[Any] = []
-    train(task, run.state, run.stream, run.recipe.train, run.recipe.optim, None, reports.append)
+    train(task, run.state, run.stream, run.recipe.train, run.recipe.optim, Surroundings(), reports.append)
     assert curve(reports, "val/skill") == {}
 
 

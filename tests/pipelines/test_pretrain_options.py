@@ -12,7 +12,6 @@ import torch
 from mae_core.checkpoint import restore
 from mae_core.evaluate import Panel, fit_basis
 from mae_core.export import load_encoder
-from mae_core.train import Checkpoints
 from pipelines.pretrain import main, resolved
 from pipelines.run_folder import RunError, recall
 from tests.tiny_runs import TinyRun, arguments, one_thread, shared_store, shared_tracking, tiny_recipe, tiny_run
@@ -78,7 +77,7 @@ def test_cut_off_and_resumed_it_ends_in_the_same_bits(runs: Any, tmp_path: Path,
     with one_thread():
         whole, cut, again = runs(**changes), runs(**changes), runs(**changes)
         whole.train()
-        keep = Checkpoints(tmp_path / "checkpoints", {})
+        keep = tmp_path / "checkpoints"
         cut.train(last=3, checkpoints=keep)
         restore(again.state, tmp_path / "checkpoints", print)
         assert again.state.step == 2
