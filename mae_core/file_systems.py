@@ -8,7 +8,22 @@ from pathlib import Path
 import psutil
 
 MOUNTS = Path("/proc/self/mountinfo")
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "mmfs", "beegfs", "fhgfs", "ceph", "glusterfs", "afs", "panfs")
+NETWORK: tuple[str, ...] = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "lustre",
+    "gpfs",
+    "mmfs",
+    "beegfs",
+    "fhgfs",
+    "ceph",
+    "glusterfs",
+    "afs",
+    "panfs",
+)
 NETWORK += ("pvfs2", "orangefs", "wekafs", "gfs2", "ocfs2", "quobyte")
 """Kinds that several machines can mount at once, by the names that Linux gives them."""
 LOCAL_FUSE = ("fuse.lxcfs", "fuse.fuse-overlayfs", "fuse.ext2")
