@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mae_core.stopping import Stopped
+
 
 class DeviceError(ValueError):
     """The device that was asked for is not there."""
@@ -82,6 +84,10 @@ def processes(device: str, timeout_s: int = 600) -> Iterator[Parallel]:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield Parallel(rank, world, place)
+    except Stopped as stopped:
+        if world > 1 and stopped.together:  # a launcher ends the others as soon as one leaves: the first has yet to tell the tracker
+            dist.barrier()
+        raise
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -23,6 +23,7 @@ from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr
 from mae_core.pulse import Pulse
 from mae_core.settings import Settings
 from mae_core.stopping import Stopped, StopRequest
+from mae_core.watchdog import WatchdogSettings
 
 
 class TrainSettings(Settings):
@@ -40,6 +41,7 @@ class TrainSettings(Settings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
     seed: int = Field(0, ge=0, description="Of weights, order, crops and hidden sets")
+    watchdog: WatchdogSettings = WatchdogSettings()
 
 
 class TrainingError(RuntimeError):
@@ -180,7 +182,8 @@ def train(
         if stop:
             if around.checkpoints is not None:
                 around.checkpoints.wait()
-            raise Stopped(f"asked to stop ({around.stop.signal or 'by another process'}); step {state.step} of {settings.steps} is saved")
+            asker = around.stop.signal or "by another process"
+            raise Stopped(f"asked to stop ({asker}); step {state.step} of {settings.steps} is saved", together=True)
     if around.checkpoints is not None:
         around.checkpoints.wait()
     around.pulse.beat(state.step, "end")

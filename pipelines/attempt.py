@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.loader import Stream
-from mae_core.pulse import no_pulse
-from mae_core.stopping import stop_requests
+from mae_core.parallel import Parallel
+from mae_core.pulse import pulse
+from mae_core.stopping import StopRequest, stop_requests
 from mae_core.tracking import Tracker
 from mae_core.train import Report, Surroundings, TrainSettings
+from mae_core.watchdog import watchdog
 from pipelines.progress import console, training
 
 
@@ -26,11 +29,13 @@ class Attempt:
         surroundings: For the loop.
         report: For the loop.
         last: Newest value of every metric that was reported.
+        loop: What the loop itself, and nothing after it, runs in: a signal waits there for the end of a step.
     """
 
     surroundings: Surroundings
     report: Callable[[Report], None]
     last: dict[str, float]
+    loop: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -54,7 +59,8 @@ def attempt(
     with ExitStack() as stack:
         display = stack.enter_context(training(title, state.step, settings.steps, quiet=not parallel.is_first))
         stop = stack.enter_context(stop_requests())
-        pulse = stack.enter_context(no_pulse())
+        beats = stack.enter_context(pulse(folder, parallel.rank, parallel.world))
+        stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank))
         covered: Callable[[int], None] = _nothing if tracker is None else tracker.covered
         writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, settings.keep_checkpoints, parallel, covered))
 
@@ -67,7 +73,15 @@ def attempt(
             if tracker is not None:
                 tracker.metrics(what.metrics, what.step)
 
-        yield Attempt(Surroundings(writer, stop, pulse), report, last)
+        yield Attempt(Surroundings(writer, stop, beats), report, last, partial(_loop, stop, parallel))
+
+
+@contextmanager
+def _loop(stop: StopRequest, parallel: Parallel) -> Iterator[None]:
+    with stop.held():
+        yield
+        if parallel.any(bool(stop)):  # asked in the last step: what follows the training is for the next attempt
+            raise stop.stopped(together=True)
 
 
 def _nothing(_: object) -> None:

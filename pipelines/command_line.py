@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from mae_core.settings import Settings, flatten, to_plain
-from mae_core.stopping import REQUEUE, Stopped
+from mae_core.stopping import REQUEUE, Stopped, stop_requests
 from pipelines.config_files import NO_INTERPOLATION, ConfigError, put, read_config, typed, without_holes
+from pipelines.requeue import forget_stop, tell_stop
 from pipelines.settings_words import (
     Setting,
     key_of,
@@ -129,13 +130,13 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
         _say(settings_to_yaml(settings, given.origin, SOURCES if private else ()))
         return 0
     try:
-        with discreet(private=private):
+        with discreet(private=private), stop_requests(ends_process=True):
             return _called(verb, settings, main, check, stop="check" in given.flags)
     except expected as error:
         _say(f"terravox {verb}: error: {error}", sys.stderr)
         return 1
     except Stopped as stopped:
-        _say(f"terravox {verb}: {stopped}; run the same command again to go on", sys.stderr)
+        tell_stop(verb, settings, stopped)
         return REQUEUE
     except KeyboardInterrupt:
         _say(f"terravox {verb}: interrupted", sys.stderr)
@@ -153,6 +154,7 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
 def _called(verb: str, settings: S, main: Callable[[S], int | None], check: Callable[[S], list[str]] | None, *, stop: bool) -> int:
     """Exit code of what the verb does, or of its look for problems where it is to stop there."""
     if not stop:
+        forget_stop(settings)
         return main(settings) or 0
     found = check(settings) if check else []
     _complain(verb, found) if found else _say(f"terravox {verb}: the settings are valid, nothing was done")

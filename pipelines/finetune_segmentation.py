@@ -296,7 +296,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         encoder = model.encoder
         tokens = math.prod(encoder.layout(settings.crop).full_grid)
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
-        with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print):
+        with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print), running.loop():
             train(task, state, stream, settings.train, settings.optim, running.surroundings, running.report)
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
         about = segmenter_description(job, arm, child.run_id if child is not None else "")

@@ -70,6 +70,7 @@ MAY_DIFFER = (
     "train.log_steps",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
+    "train.watchdog",
 )
 
 
@@ -218,7 +219,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
             fit_basis(task, model, stream.rows)
         run = stack.enter_context(attempt("pretraining", out, state, stream, recipe.train, config, tracker))
         shapes = attention_shapes(model, recipe.crop, recipe.hiding.mask_ratio)
-        with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels:
+        with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels, run.loop():
             train(task, state, stream, recipe.train, recipe.optim, run.surroundings, run.report)
         if tracker is None:
             return {}
