@@ -22,6 +22,7 @@ class CheckpointWriter:
         keep: Newest ones that stay.
         parallel: This process.
         covered: Told the step of a checkpoint once it is on disk for good, on the process that writes.
+        permitted: Asked before each is written, on the process that writes; raises where another job has taken the run over.
     """
 
     folder: Path
@@ -29,14 +30,17 @@ class CheckpointWriter:
     keep: int
     parallel: Parallel
     covered: Callable[[int], None] = lambda step: None
+    permitted: Callable[[], None] = lambda: None
 
     def save(self, state: TrainState) -> None:
         """Write the state; comes back as soon as training may change it.
 
         Raises:
             CheckpointError: It, or one before it that was still on its way, could not be written; the message says why.
+            TakenOverError: The run is another job's now.
         """
         if self.parallel.is_first:
+            self.permitted()
             save(state, self.folder, self.record, self.keep)
             self.covered(state.step)
         self.parallel.barrier()

@@ -27,6 +27,10 @@ class Stopped(BaseException):
         self.together = together
 
 
+class TakenOverError(RuntimeError):
+    """Another job goes on with this run; this one writes nothing more to it and leaves its tracked run as it is."""
+
+
 class StopRequest:
     """Whether this process was asked to stop, and by which signal; asking again changes nothing.
 

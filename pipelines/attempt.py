@@ -18,6 +18,7 @@ from mae_core.stopping import StopRequest, stop_requests
 from mae_core.tracking import Tracker
 from mae_core.train import Report, Surroundings, TrainSettings
 from mae_core.watchdog import watchdog
+from pipelines.lease import confirm
 from pipelines.progress import console, training
 
 
@@ -62,7 +63,8 @@ def attempt(
         beats = stack.enter_context(pulse(folder, parallel.rank, parallel.world))
         stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank))
         covered: Callable[[int], None] = _nothing if tracker is None else tracker.covered
-        writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, settings.keep_checkpoints, parallel, covered))
+        keep, permitted = settings.keep_checkpoints, partial(confirm, folder)
+        writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted))
 
         def report(what: Report) -> None:
             last.update(what.metrics)

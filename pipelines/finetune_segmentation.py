@@ -48,12 +48,13 @@ from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
 from pipelines.label_volume import log_sheets, write_sheet
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
+from pipelines.lease import confirm
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread, told
 from pipelines.progress import console
-from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
+from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, model_folder, model_problems, public, recall, recorded, write_json
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
@@ -93,6 +94,7 @@ class FinetuneSettings(SeenSettings):
     train: TrainSettings = TrainSettings(steps=400, eval_steps=100)
     tracking: TrackingSettings = TrackingSettings()
     crosswalk: CrosswalkPath = None
+    take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
 
 
 @dataclass(frozen=True)
@@ -156,15 +158,16 @@ def work(settings: FinetuneSettings) -> int:
     config = recorded(settings, store.kind) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     config |= {"split_digest": split_digest(store.index)}
     with processes(settings.train.device) as parallel:
-        done = begin(settings.out, "finetune_segmentation", config, MAY_DIFFER) if parallel.is_first else None
-        if parallel.any(done is not None):
-            if done is not None:
-                console.print(f"run {settings.out} is finished; its result is told again")
-                tell(done)
-            return 0
-        cases = held_out_cases(store.index.scene[store.rows(judged_side(store))].tolist(), data.pairs)
-        job = make_job(settings, encoder, about, store, parallel, config)
-        result = _compare(replace(job, parent=version, cases=tuple(cases), training_data=seen, verdict=verdict))
+        claim = Claim("finetune_segmentation", config, MAY_DIFFER, settings.take_over)
+        with claimed(settings.out, claim, parallel) as done:
+            if done is None:
+                cases = held_out_cases(store.index.scene[store.rows(judged_side(store))].tolist(), data.pairs)
+                job = make_job(settings, encoder, about, store, parallel, config)
+                result = _compare(replace(job, parent=version, cases=tuple(cases), training_data=seen, verdict=verdict))
+            else:
+                result = done
+                if parallel.is_first:
+                    console.print(f"run {settings.out} is finished; its result is told again")
     if result:
         tell(result)
     return 0
@@ -222,6 +225,7 @@ def _compare(job: Job) -> dict[str, Any]:
         found = {(arm, seed): train_arm(job, arm, seed, tracker) for arm in arms for seed in settings.seeds}
         if tracker is None:
             return {}
+        confirm(out)
         for arm in arms:
             own = [found[arm, seed].scores for seed in settings.seeds]
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)

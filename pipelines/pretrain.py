@@ -41,6 +41,7 @@ from pipelines.command_line import run as run_verb
 from pipelines.contamination import files_of, trained_on
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
+from pipelines.lease import TAKEN, confirm
 from pipelines.pretrain_start import (
     Begun,
     InitSettings,
@@ -54,12 +55,14 @@ from pipelines.pretrain_start import (
     tell_transfer,
 )
 from pipelines.progress import console
-from pipelines.run_folder import RUN, RunError, begin, finish, recall, write_json
+from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
-EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, LoaderError, DeviceError, AttentionError)
+UNFIT = (LoaderError, DeviceError, AttentionError)
+EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, *UNFIT, *TAKEN)
 MAY_DIFFER = (
     "tracking",
+    "take_over",
     "split_digest",
     "loader.num_threads",
     "loader.prefetch",
@@ -89,6 +92,7 @@ class PretrainRecipe(Settings):
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
     tracking: TrackingSettings = TrackingSettings()
+    take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
 
 
 class PretrainSettings(PretrainRecipe):
@@ -172,18 +176,19 @@ def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "p
     A finished run of the same settings is told again, an unfinished one goes on from its newest sound checkpoint.
 
     Raises:
-        RunError, LoaderError, DeviceError, StoreError, TrainingError, TrackingError, CheckpointError: See their messages.
+        RunError, LoaderError, DeviceError, StoreError, TrainingError, TrackingError, CheckpointError, LeaseError, TakenOverError: See
+            their messages.
     """
     recipe = resolved(recipe, store)
     config = to_plain(recipe) | {"store_digest": store.digest, "split_digest": split_digest(store.index)}
     with processes(recipe.train.device) as parallel:
         stream = Stream(store, store.rows("train"), recipe.loader, recipe.train.seed, parallel)
-        done = begin(out, verb, config, MAY_DIFFER) if parallel.is_first else None
-        if parallel.any(done is not None):
+        with claimed(out, Claim(verb, config, MAY_DIFFER, recipe.take_over), parallel) as done:
+            if done is None:
+                return _pretrain(stream, out, recipe, config, verb)
             if parallel.is_first:
                 console.print(f"run {out} is finished; its result is told again")
-            return done or {}
-        return _pretrain(stream, out, recipe, config, verb)
+            return done
 
 
 def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -223,6 +228,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
             train(task, state, stream, recipe.train, recipe.optim, run.surroundings, run.report)
         if tracker is None:
             return {}
+        confirm(out)
         facts = {
             "figures": run.last or _told_metrics(tracker),
             "attention": kernels,

@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mae_core.export import Description, ModelError
+from mae_core.parallel import Parallel
 from mae_core.settings import differences, to_plain
 from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model
 from modalities.catalogue import ReaderSettings
 from modalities.patients import of_patients
+from pipelines.lease import hold
+from pipelines.progress import console
 from pipelines.withheld import SOURCES
 
 CONFIG, RESULT, RUN = "config.json", "result.json", "run.json"
@@ -62,6 +67,48 @@ def begin(out: Path, verb: str, config: Mapping[str, Any], may_differ: Collectio
         lines = "".join(f"\n  {line}" for line in other)
         raise RunError(f"--out {out} holds a run with other settings; choose another folder, or give the old settings again:{lines}")
     return _read(out / RESULT)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """How a run is begun.
+
+    Attributes:
+        verb: What is run.
+        config: Resolved settings.
+        may_differ: Dotted keys that a continued run may change.
+        take_over: Whether it may be taken from a job that still works on it.
+    """
+
+    verb: str
+    config: Mapping[str, Any]
+    may_differ: Collection[str]
+    take_over: bool = False
+
+
+@contextmanager
+def claimed(out: Path, claim: Claim, parallel: Parallel) -> Iterator[dict[str, Any] | None]:
+    """A folder for a run of this job alone, while the context lasts: None, or the result where the run is already finished.
+
+    The result is empty on all processes but the first, which is the one that holds the folder.
+
+    Raises:
+        RunError: As `begin`.
+        LeaseError: Another job works on the run.
+    """
+    with ExitStack() as stack:
+        done = lease = None
+        if parallel.is_first:
+            done = begin(out, claim.verb, claim.config, claim.may_differ)
+            if done is None:
+                try:
+                    lease = stack.enter_context(hold(out, console.print, take_over=claim.take_over))
+                except OSError as error:
+                    raise RunError(f"--out {out} cannot be written: {error.strerror}; choose another folder") from error
+                done = begin(out, claim.verb, claim.config, claim.may_differ)  # as the job that held it last has left it
+        yield (done or {}) if parallel.any(done is not None) else None
+        if lease is not None:
+            lease.finished = (out / RESULT).is_file()
 
 
 def finish(out: Path, verb: str, config: Mapping[str, Any], facts: Mapping[str, Any], name: str = RESULT) -> dict[str, Any]:
