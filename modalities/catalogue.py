@@ -13,6 +13,7 @@ from pydantic import Field
 
 from modalities.landsat import LandsatSettings
 from modalities.medical import CtSettings, MriSettings, ScanSettings, VolumeSettings, XraySettings
+from modalities.patient_scan import scan_patients
 from modalities.patients import of_patients
 from modalities.raster import RasterSettings
 from modalities.safe import METADATA
@@ -22,8 +23,7 @@ from modalities.sentinel1 import Sentinel1Settings
 from modalities.sentinel2 import Sentinel2Settings
 from modalities.series import SeriesSettings, scan_series
 from modalities.stac import files_of
-from modalities.volume_scan import Progress, scan_volumes
-from modalities.xray_scan import scan_xrays
+from modalities.volume_scan import Progress
 
 ImageSettings = SatelliteSettings | Sentinel2Settings | Sentinel1Settings | LandsatSettings | RasterSettings | SeriesSettings
 ReaderSettings = Annotated[ImageSettings | MriSettings | CtSettings | XraySettings, Field(discriminator="kind")]
@@ -87,7 +87,7 @@ def scan(
     Args:
         root: The folder or file.
         settings: How it is read.
-        num_workers, progress: As of `scan_volumes`, for scans.
+        num_workers, progress: As of `scan_volumes`, for scans of patients.
         need_usable: Whether a folder without any usable file is an error.
 
     Raises:
@@ -110,14 +110,10 @@ def scan(
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = {}
     readers: Mapping[str, str] = {}
-    if isinstance(settings, VolumeSettings):
-        volumes = scan_volumes(kept, folder, settings, num_workers=num_workers, progress=progress)
-        ignored += volumes.ignored
-        scenes, rejected, notes, rows, names = volumes.scenes, volumes.rejected, volumes.notes, volumes.rows, volumes.names
-    elif isinstance(settings, XraySettings):
-        pictures = scan_xrays(kept, folder, settings)
-        ignored += pictures.ignored
-        scenes, rejected, notes = pictures.scenes, pictures.rejected, pictures.notes
+    if isinstance(settings, VolumeSettings | XraySettings):
+        archive = scan_patients(kept, folder, settings, num_workers=num_workers, progress=progress)
+        ignored += archive.ignored
+        scenes, rejected, notes, rows, names = archive.scenes, archive.rejected, archive.notes, archive.rows, archive.names
     else:
         images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored

@@ -26,6 +26,8 @@ from modalities.volume import Found, Refused, reasons
 
 WANTED = {"mri": ("MR",), "ct": ("CT",), "medical": ("MR", "CT")}
 """Modalities that each kind of settings asks for."""
+PICTURES = {"medical": ("CR", "DX", "MG")}
+"""Modalities that are left to the reader of X-ray pictures."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class DicomFolder:
     Attributes:
         found, refused: See `Found` and `Refused`.
         others: Files that are no DICOM, and DICOMDIRs, which only list files.
+        pictures: X-ray pictures of a mixed archive, which make no volumes.
         notes: Lines to be told.
     """
 
     found: tuple[Found, ...]
     refused: tuple[Refused, ...]
     others: tuple[Path, ...] = field(repr=False)
+    pictures: tuple[Path, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
 
 
@@ -115,7 +119,9 @@ class DicomSource:
 
 def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) -> DicomFolder:
     """The volumes in those of `files` that are DICOM, by their headers alone; every header is read once."""
-    known, refused, others, directories = _read(files, folder)
+    everything, refused, others, directories = _read(files, folder)
+    known = [facts for facts in everything if facts.modality not in PICTURES.get(settings.kind, ())]
+    pictures = tuple(facts.pixels.path for facts in everything if facts.modality in PICTURES.get(settings.kind, ()))
     notes = _missing_from(directories, files)
     series: defaultdict[str, list[Facts]] = defaultdict(list)
     turned_down: defaultdict[tuple[str, str, str, bool], list[Path]] = defaultdict(list)
@@ -150,7 +156,7 @@ def find_dicom(files: Sequence[Path], folder: Path, settings: VolumeSettings) ->
         notes += (f"{nameless} DICOM studies name no patient (PatientID is empty): each counts as a patient of its own",)
     of_file = {facts.pixels.path: facts for facts in known}
     refused = [_with_patient(item, of_file.get(item.files[0])) for item in refused]
-    return DicomFolder(tuple(found), tuple(refused), tuple(sorted([*others, *directories])), notes)
+    return DicomFolder(tuple(found), tuple(refused), tuple(sorted([*others, *directories])), pictures, notes)
 
 
 UNWANTED = ("other_modality", "not_an_image")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modalities.dicom_grey import Lut, Window
+
 MODALITIES = frozenset({"MR", "CT", "CR", "DX", "MG", "PT", "NM", "US", "XA", "RF", "OT", "SC", "SEG", "PR", "KO", "SR"}) | {
     "RTSTRUCT",
     "RTDOSE",
@@ -106,7 +108,8 @@ class Facts:
         repetition_ms: Repetition time, 0 where unknown.
         has_agent: Whether a contrast agent is named.
         imager_spacing: Millimetres between columns and rows at the detector (X-ray).
-        window: Centre and width of the first display window.
+        modality_lut: What stored values stand for, where it is no slope and intercept.
+        window, voi_lut: The first display window, and the first table that stands in its place.
         inverse: Whether the presentation is said to be inverse (`PresentationLUTShape`).
         padding: Stored value of pixels outside of the picture.
     """
@@ -126,7 +129,9 @@ class Facts:
     repetition_ms: float
     has_agent: bool
     imager_spacing: tuple[float, float] | None
-    window: tuple[float, float] | None
+    modality_lut: Lut | None
+    window: Window | None
+    voi_lut: Lut | None
     inverse: bool
     padding: int | None
 

@@ -20,6 +20,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Exp
 
 from modalities.dicom_enhanced import enhanced_frames
 from modalities.dicom_facts import Facts, Frame, StoredPixels
+from modalities.dicom_grey import lut_of, window_of
 from modalities.dicom_mosaic import mosaic_frames
 from modalities.dicom_sequence import words_of
 from modalities.dicom_values import MISREAD, number_of, numbers_of, several, text_of, texts_of, value_of, whole_of
@@ -47,6 +48,7 @@ _TAGS: tuple[str | int, ...] = (
     *("SpacingBetweenSlices", "SliceThickness", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames"),
     *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue"),
     *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "LossyImageCompression", "PresentationLUTShape"),
+    *("ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", 0x00290010, CSA_HEADER),
     *_B_VALUES,
     _GE_PARTS[0],
@@ -158,7 +160,6 @@ def _facts(dataset: Any, layout: StoredPixels) -> Facts:
         frames = enhanced_frames(dataset, frames[0])
     elif is_mosaic:
         frames = mosaic_frames(dataset, frames[0], value_of(dataset, CSA_HEADER), layout)
-    center, width = number_of(dataset, "WindowCenter"), number_of(dataset, "WindowWidth")
     return Facts(
         instance=text_of(dataset, "SOPInstanceUID"),
         series=text_of(dataset, "SeriesInstanceUID"),
@@ -175,7 +176,9 @@ def _facts(dataset: Any, layout: StoredPixels) -> Facts:
         repetition_ms=number_of(dataset, "RepetitionTime"),
         has_agent=bool(text_of(dataset, "ContrastBolusAgent")),
         imager_spacing=_across(numbers_of(dataset, "ImagerPixelSpacing", 2)),
-        window=(center, width) if width > 0 else None,
+        modality_lut=lut_of(dataset, "ModalityLUTSequence"),
+        window=window_of(dataset),
+        voi_lut=lut_of(dataset, "VOILUTSequence"),
         inverse=text_of(dataset, "PresentationLUTShape").upper() == "INVERSE",
         padding=None if value_of(dataset, "PixelPaddingValue") is None else int(number_of(dataset, "PixelPaddingValue")),
     )

@@ -10,6 +10,7 @@ from typing import TypeVar
 from modalities.medical import Duplicates
 from modalities.pseudonyms import Pseudonyms
 from modalities.volume import Refused, VolumeScene
+from modalities.volume_account import counted
 from modalities.volume_checks import Volume
 from modalities.xray import XrayScene
 
@@ -60,10 +61,10 @@ def find_duplicates(volumes: Sequence[Volume], policy: Duplicates, names: Pseudo
 def find_duplicate_pictures(scenes: Sequence[XrayScene], policy: Duplicates) -> tuple[list[XrayScene], dict[str, str], tuple[str, ...]]:
     """Pictures that are used, with patients who share one as one; why others are not, by name; and lines to be told.
 
-    Of copies, the first by name is kept.
+    Of copies, one whose pixels have a known size is kept, and of those the first by name.
     """
     copies: defaultdict[str, list[XrayScene]] = defaultdict(list)
-    for scene in sorted(scenes, key=lambda scene: scene.name):
+    for scene in sorted(scenes, key=lambda scene: (scene.grid.unit != "mm", scene.name)):
         copies[scene.voxel_digests[0]].append(scene)
     several = [found for found in copies.values() if len(found) > 1]
     groups = joined([[scene.group for scene in found] for found in several])
@@ -112,8 +113,9 @@ def _scan(volume: Volume, names: Pseudonyms) -> str:
 
 def _notes(several: Sequence[Sequence[object]], groups: Mapping[str, str], policy: Duplicates) -> tuple[str, ...]:
     num_copies = sum(len(found) - 1 for found in several)
-    what = {"refuse": "are left out (reader.duplicates=refuse)", "keep": "are used as well (reader.duplicates=keep)"}[policy]
-    notes = [f"{num_copies} copies of {len(several)} scans are there under other names and {what}"]
+    what = {"refuse": "left out (reader.duplicates=refuse)", "keep": "used as well (reader.duplicates=keep)"}[policy]
+    copies, are, names = ("1 copy", "is", "another name") if num_copies == 1 else (f"{num_copies} copies", "are", "other names")
+    notes = [f"{copies} of {counted(len(several), 'scan')} {are} there under {names} and {are} {what}"]
     for group, members in _members(groups).items():
         notes.append(f"{len(members)} patients share a scan and stay on one side of every split as {group}: {', '.join(members)}")
     return tuple(notes)

@@ -149,8 +149,12 @@ class XraySettings(ScanSettings):
         spacing_mm: Distance between rows and between columns of the scenes; None keeps each picture's own. A picture of which nobody
             knows the spacing is refused where one is wanted.
         intensity: As of `MriSettings`, over what was exposed.
-        voi: What is made of the window that a DICOM file would be shown with: none feeds all grey values as they were measured; window
-            cuts them to the window first.
+        voi: Which grey values of a DICOM file are fed. In every case they are what stored values stand for (Modality LUT, or rescale slope
+            and intercept), and MONOCHROME1 or an inverse presentation turns them once, after everything else, so that more is denser.
+            none feeds them as they were measured. window cuts them to the first display window with its function: LINEAR and
+            LINEAR_EXACT to its ends, rounded inwards to whole stored values; SIGMOID makes of each the share of the way from black to
+            white, as float32; a file without a window goes through its first VOI LUT. lut takes the VOI LUT first, and the window where
+            there is none. A file that has neither, and a PNG, is fed as it is.
         burned_in: What becomes of a picture whose header says that there is writing in it, which may name the patient.
         max_pixels: Most pixels of a picture; looked at before any is read.
     """
@@ -158,7 +162,7 @@ class XraySettings(ScanSettings):
     kind: Literal["xray"] = "xray"
     spacing_mm: tuple[float, float] | None = None
     intensity: Literal["zscore", "percentile"] = "zscore"
-    voi: Literal["none", "window"] = "none"
+    voi: Literal["none", "window", "lut"] = "none"
     burned_in: Literal["reject", "use"] = "reject"
     max_pixels: int = Field(default=1 << 27, ge=1)
 

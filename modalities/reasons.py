@@ -133,6 +133,7 @@ REASONS = {
     "two_d": Reason("Fewer than three axes", _EXCLUDE),
     "uneven_spacing": Reason("Slices that are not the same distance apart, by more than a tenth of it", "resample it to an even grid"),
     "unreadable": Reason("The file cannot be opened or read", "look after the disk and the file's permissions", is_damage=True),
+    "unsaid_picture": Reason("A picture of which nobody says what it shows", "read X-ray pictures with reader.kind=xray"),
     "voxel_type": Reason("Voxels that are no real numbers (colours, complex)", "convert it, or exclude it"),
 }
 """By code. Codes are what programs count by; the words of a message may change. Some are flags of scans that are used, too."""

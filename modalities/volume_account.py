@@ -20,7 +20,7 @@ class SequenceAccount:
         modality: As DICOM says it; `unknown` where nobody said.
         sequence: Channel name.
         scans, patients, sessions: How many.
-        spacing: Least and greatest in mm along the finest, the middle and the coarsest axis.
+        spacing: Least and greatest in mm along the axes, the finest first, and of how many nobody knows it.
         shapes, orientations, dtypes: Each with the number of scans where there are several; ranges of many shapes.
     """
 
@@ -37,19 +37,21 @@ class SequenceAccount:
 
 @dataclass(frozen=True)
 class OutcomeAccount:
-    """The volumes that are not used for one reason.
+    """The volumes, or the pictures, that are not used for one reason.
 
     Attributes:
         status: `rejected` or `ignored`.
         code: The reason in one word.
-        volumes, files, patients: How many.
+        kind: `volume` or `picture`.
+        scans, files, patients: How many.
         first: Pseudonym of one of them, as a message calls it.
         reason: The reason of that one in words.
     """
 
     status: str
     code: str
-    volumes: int
+    kind: str
+    scans: int
     files: int
     patients: int
     first: str
@@ -58,10 +60,10 @@ class OutcomeAccount:
 
 def by_sequence(rows: Rows) -> tuple[SequenceAccount, ...]:
     """One entry per modality and sequence of the accepted scans, in alphabetical order."""
-    groups: defaultdict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["status"] == "accepted":
-            groups[row["modality"] or "unknown", row["sequence"]].append(row)
+            groups[row["modality"] or "unknown", row["sequence"], row["kind"]].append(row)
     return tuple(
         SequenceAccount(
             modality,
@@ -69,34 +71,35 @@ def by_sequence(rows: Rows) -> tuple[SequenceAccount, ...]:
             len(group),
             num_distinct(group, "patient"),
             num_distinct(group, "session"),
-            _ranges([sorted(row["spacing_mm"]) for row in group]),
+            _spacing([sorted(row["spacing_mm"]) for row in group]),
             _shapes([row["shape"] for row in group]),
             _counted(row["orientation"] for row in group),
             _counted(row["dtype"] for row in group),
         )
-        for (modality, sequence), group in sorted(groups.items())
+        for (modality, sequence, _), group in sorted(groups.items())
     )
 
 
 def by_reason(rows: Rows) -> tuple[OutcomeAccount, ...]:
     """One entry per reason code of the volumes that are not used: the rejected before the ignored, then the most frequent first."""
-    groups: defaultdict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["status"] != "accepted":
-            groups[row["status"], row["code"]].append(row)
+            groups[row["status"], row["code"], row["kind"]].append(row)
     told = [
         OutcomeAccount(
             status,
             code,
+            kind,
             len(group),
             sum(row["num_files"] for row in group),
             num_distinct(group, "patient"),
             group[0]["file"],
             group[0]["reason"],
         )
-        for (status, code), group in groups.items()
+        for (status, code, kind), group in groups.items()
     ]
-    return tuple(sorted(told, key=lambda entry: (entry.status != "rejected", -entry.volumes, entry.code)))
+    return tuple(sorted(told, key=lambda entry: (entry.status != "rejected", -entry.scans, entry.code, entry.kind)))
 
 
 def flags(rows: Rows) -> dict[str, int]:
@@ -110,8 +113,20 @@ def num_distinct(rows: Rows, column: str) -> int:
 
 
 def num_status(rows: Rows, status: str) -> int:
-    """How many volumes have a status."""
+    """How many scans have a status."""
     return sum(row["status"] == status for row in rows)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 scan`, `2 scans`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _spacing(spacings: Sequence[Sequence[float]]) -> str:
+    """Ranges in mm of those that are known."""
+    known = [spacing for spacing in spacings if spacing]
+    unknown = f"unknown ({len(spacings) - len(known)})" if len(known) < len(spacings) else ""
+    return ", ".join(text for text in (f"{_ranges(known)} mm" if known else "", unknown) if text)
 
 
 def _shapes(shapes: Sequence[Sequence[int]]) -> str:

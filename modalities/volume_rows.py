@@ -1,10 +1,10 @@
-"""A row for every volume that was found, used or not, under pseudonyms: what a catalogue of scans lists."""
+"""A row for every scan that was found, used or not, under pseudonyms: what a catalogue lists. Here are those of volumes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from modalities.pseudonyms import Pseudonyms
 from modalities.sessions import session_folder
 from modalities.volume import Found, Refused, VolumeScene
 from modalities.volume_checks import Volume
+from modalities.xray import XrayScene
 
 COLUMNS: Mapping[str, str] = {
     "patient": "text",
@@ -21,6 +22,7 @@ COLUMNS: Mapping[str, str] = {
     "scene": "text",
     "group": "text",
     "file": "text",
+    "kind": "text",
     "format": "text",
     "modality": "text",
     "sequence": "text",
@@ -54,10 +56,12 @@ COLUMNS: Mapping[str, str] = {
 
 patient, session, scan, scene, file: pseudonyms. A scene holds one or several scans; `file` is what a message about a refused file calls it.
 group: What no split divides: the patient, or patients who share a scan.
+kind: `volume`, or `picture` of an X-ray.
 status: `accepted`, `rejected`, or `ignored`, which is what was not asked for.
-shape, spacing_mm, orientation: per axis of the stored array; the orientation says to which side, of R, A, S and L, P, I, indices grow.
+shape, spacing_mm, orientation: per axis of the stored array, rows first in a picture; the orientation says to which side, of R, A, S and
+    L, P, I, indices grow, and is empty for a picture, which lies nowhere. Where nobody knows how large a pixel is, spacing is empty.
 obliquity_deg: Largest angle between an axis and the one of R, A, S that lies closest. anisotropy: Largest by least spacing.
-value_min, value_max: Of all voxels that are numbers, in physical units; the foreground is what is not air.
+value_min, value_max: Of all voxels that are numbers, in physical units; the foreground is what is not air, in a picture what was exposed.
 duplicate_of: The scan that holds the same values on as many voxels: the first in this table, of those that are used before others.
 voxel_digest: See `voxel_digest`; it is not keyed.
 """
@@ -71,7 +75,7 @@ NO_VOLUMES = frozenset({"dicomdir", "copied_file", "marks_nothing"})
 def make_rows(
     found: Sequence[Found], volumes: Iterable[Volume], scenes: Iterable[VolumeScene], refused: Sequence[Refused], names: Pseudonyms
 ) -> tuple[Mapping[str, Any], ...]:
-    """A row for each volume, sorted by pseudonyms, so that nothing can be told from their order.
+    """A row for each volume, in the order of `in_order`.
 
     Args:
         found: All of them, with whatever became of them.
@@ -85,22 +89,47 @@ def make_rows(
     reasons = {item.place: item for item in refused}
     rows = [_of_found(item, judged.get(id(item)), scene_of.get(id(item.source)), reasons.get(item.place), names) for item in found]
     known = {item.place for item in found}
-    rows += [_of_refused(item, names) for item in refused if item.place not in known and _is_volume(item)]
-    rows.sort(key=lambda row: (row["patient"], row["session"], row["scan"]))
+    rows += [refused_row(item, names, "volume") for item in refused if item.place not in known and _is_volume(item)]
+    return in_order(rows)
+
+
+def in_order(rows: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Rows sorted by pseudonyms, so that nothing can be told from their order; copies are marked by the first that is used."""
+    told = sorted((dict(row) for row in rows), key=lambda row: (row["patient"], row["session"], row["scan"]))
     first: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: bool(row["status"] != "accepted")):
+    for row in sorted(told, key=lambda row: bool(row["status"] != "accepted")):
         if row["voxel_digest"]:
             original = first.setdefault(row["voxel_digest"], row["scan"])
             row["duplicate_of"] = "" if original == row["scan"] else original
-    return tuple(rows)
+    return tuple(told)
 
 
-def session_of(item: Found | Refused) -> str:
+class Placed(Protocol):
+    """What was found in an archive; see `Found`."""
+
+    @property
+    def place(self) -> str:
+        """What tells it apart in the archive."""
+        ...
+
+    @property
+    def patient(self) -> str:
+        """What names the patient; empty where nobody knows."""
+        ...
+
+    @property
+    def session(self) -> str:
+        """What names the session; empty where nobody says."""
+        ...
+
+
+def session_of(item: Placed) -> str:
     """What names the session within the patient: as it was told, else by the folder."""
     return item.session or session_folder(item.place)
 
 
-def _blank(item: Found | Refused, names: Pseudonyms) -> dict[str, Any]:
+def blank_row(item: Placed, names: Pseudonyms) -> dict[str, Any]:
+    """A row that says whose an item is, and nothing more."""
     empty = {"text": "", "texts": (), "numbers": (), "decimals": ()}
     row: dict[str, Any] = {column: empty.get(what) for column, what in COLUMNS.items()}
     row["patient"] = names.of("subject", item.patient) if item.patient else ""
@@ -114,8 +143,9 @@ def _of_found(found: Found, volume: Volume | None, scene: VolumeScene | None, re
     axes = header.grid.matrix[:3, :3]
     spacing = [round(float(size), 4) for size in header.grid.spacing]
     straight = np.abs(axes / np.linalg.norm(axes, axis=0)).max(axis=0).min()
-    row = _blank(found, names) | {
-        "format": _format(found.source.files),
+    row = blank_row(found, names) | {
+        "kind": "volume",
+        "format": format_of(found.source.files),
         "modality": found.modality,
         "sequence": found.sequence,
         "flags": found.flags if volume is None else volume.flags,
@@ -139,33 +169,36 @@ def _of_found(found: Found, volume: Volume | None, scene: VolumeScene | None, re
             "num_not_finite": volume.num_not_finite,
             "voxel_digest": volume.voxel_digest,
         }
-    return row | _outcome(scene, refused)
+    return row | outcome(scene, refused)
 
 
-def _of_refused(item: Refused, names: Pseudonyms) -> dict[str, Any]:
-    return _blank(item, names) | {
-        "format": "other" if item.code == "other_format" else _format(item.files),
+def refused_row(item: Refused, names: Pseudonyms, kind: str) -> dict[str, Any]:
+    """The row of what was refused before anything of it was known but whose it is."""
+    return blank_row(item, names) | {
+        "kind": kind,
+        "format": "other" if item.code == "other_format" else format_of(item.files),
         "modality": item.modality,
         "sequence": item.sequence,
         "num_files": len(item.files),
         "bytes": sum(file.stat().st_size for file in item.files if file.exists()),
-        **_outcome(None, item),
+        **outcome(None, item),
     }
 
 
-def _outcome(scene: VolumeScene | None, refused: Refused | None) -> dict[str, Any]:
+def outcome(scene: VolumeScene | XrayScene | None, refused: Refused | None) -> dict[str, Any]:
+    """What became of a scan that was found: its scene, or why it has none."""
     if scene is not None:
         return {"scene": scene.name, "group": scene.group, "status": "accepted"}
     if refused is None:
-        raise AssertionError("a volume was found that is neither in a scene nor refused")
+        raise AssertionError("a scan was found that is neither in a scene nor refused")
     return {"status": "ignored" if refused.unwanted else "rejected", "code": refused.code, "reason": refused.reason}
 
 
-def _format(files: Sequence[Path]) -> str:
+def format_of(files: Sequence[Path]) -> str:
     """`nifti`, `png` or `dicom`, of which only the last is known by content alone."""
     name = files[0].name.lower()
     return "nifti" if name.endswith(ENDINGS) else "png" if name.endswith(".png") else "dicom"
 
 
 def _is_volume(item: Refused) -> bool:
-    return item.code not in NO_VOLUMES and (item.code not in UNSEEN or _format(item.files) == "nifti")
+    return item.code not in NO_VOLUMES and (item.code not in UNSEEN or format_of(item.files) == "nifti")

@@ -38,7 +38,7 @@ class Scanned:
     Attributes:
         scenes: Usable ones.
         rejected: Others, under pseudonyms, each with reason and code.
-        ignored: Files of another kind.
+        ignored: Files of another kind; X-ray pictures of a mixed archive are among them.
         notes: Lines to be told.
         rows: A row for every volume that was found, used or not, under pseudonyms: what a catalogue lists.
         names: What each pseudonym stands for. Never written but to a crosswalk that the user asks for.
@@ -77,7 +77,7 @@ def scan_volumes(
     found, unread = find_nifti(images, folder, settings, tree)
     dicom = find_dicom(sorted(set(kept) - set(images)), folder, settings)
     others = find_others(dicom.others, folder)
-    ignored = sorted(set(dicom.others) - {file for item in others for file in item.files})
+    ignored = sorted({*dicom.others, *dicom.pictures} - {file for item in others for file in item.files})
     found, refused = [*found, *dicom.found], [*refused, *unread, *dicom.refused]
 
     def judge(item: Found) -> Volume:

@@ -38,6 +38,14 @@ class Picture(Protocol):
         """
         ...
 
+    def meant(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """What stored values stand for, but for a slope and an intercept, which move no order and no share of a range."""
+        ...
+
+    def fed(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """What a scene holds: `meant`, or what it is shown as where that is asked for and is no straight line."""
+        ...
+
 
 @dataclass(frozen=True)
 class PngPicture:
@@ -54,6 +62,14 @@ class PngPicture:
             raise SceneError("its size has changed since it was scanned; scan again", "changed")
         return values
 
+    def meant(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """See `Picture.meant`: nobody says more."""
+        return stored
+
+    def fed(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """See `Picture.fed`."""
+        return stored
+
 
 @dataclass(frozen=True)
 class FoundPicture:
@@ -62,24 +78,32 @@ class FoundPicture:
     Attributes:
         picture: Its file.
         space: Rows and columns.
-        place, patient: What names it and its patient in the archive; they leave this program in no form but a keyed hash.
+        place, patient, session: What names it, its patient and the visit in the archive; they leave this program in no form but a keyed
+            hash. A session may be empty.
         channel: Name of the channel.
+        modality: `CR`, `DX`, `MG`; empty where the file does not say.
+        flags: What is doubtful about it.
         spacing_mm: Between rows and between columns; None where nobody knows.
-        slope, intercept: Physical value = stored · slope + intercept.
+        slope, intercept: Physical value = `picture.meant` · slope + intercept.
         is_inverted: Whether higher values are meant to be shown darker.
-        window: Lowest and highest physical value that it would be shown with; None for none.
+        window: Lowest and highest physical value that it is to be cut to; None for none.
+        is_shown: Whether `picture.fed` gives what is shown, in which slope, intercept and window have done their part.
     """
 
     picture: Picture = field(repr=False)
     space: tuple[int, int]
     place: str = field(repr=False)
     patient: str = field(repr=False)
+    session: str = field(default="", repr=False)
     channel: str = "XR"
+    modality: str = ""
+    flags: tuple[str, ...] = ()
     spacing_mm: tuple[float, float] | None = None
     slope: float = 1.0
     intercept: float = 0.0
     is_inverted: bool = False
     window: tuple[float, float] | None = None
+    is_shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,9 +142,9 @@ class XrayScene:
         grid: Rows and columns in mm, or in pixels where nobody knows how large one is; without a frame, for it lies on no map.
         channels: One.
         voxel_digests: One.
-        dtype: As stored.
+        dtype: Of what is fed.
         respacing: From the file's pixels to those of the scene.
-        low, high: Stored values are cut to these.
+        low, high: What is fed is cut to these.
         patients: See `Scene.patients`.
     """
 
@@ -184,12 +208,14 @@ class XrayScene:
     def _load(self) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         stored = self.picture.stored()
         exposed = exposed_of(stored, self.picture.padding)
-        values, known = self.respacing.linear(stored, exposed)
-        limits = np.iinfo(stored.dtype)
-        low, high = max(np.ceil(self.low), limits.min), min(np.floor(self.high), limits.max)
+        values, known = self.respacing.linear(self.picture.fed(stored), exposed)
+        low, high = self.low, self.high
+        if values.dtype.kind in "iu":
+            limits = np.iinfo(values.dtype)
+            low, high = max(np.ceil(low), limits.min), min(np.floor(high), limits.max)
         known = known & self.respacing.nearest(exposed)
         quality = np.where(known, np.uint8(0), np.uint8(Quality.OUTSIDE))
-        return np.clip(values, stored.dtype.type(low), stored.dtype.type(high)), quality
+        return np.clip(values, values.dtype.type(low), values.dtype.type(high)), quality
 
 
 def exposed_of(stored: NDArray[Any], padding: int | None) -> NDArray[np.bool_]:

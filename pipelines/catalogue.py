@@ -15,10 +15,10 @@ from pydantic import Field
 from mae_core.settings import Settings, default_kind, flatten
 from mae_core.tracking import TrackingSettings
 from modalities.catalogue import Catalogue, scan
-from modalities.medical import CtSettings, MedicalSettings, MriSettings
+from modalities.medical import CtSettings, MedicalSettings, MriSettings, XraySettings
 from modalities.pseudonyms import pseudonyms
 from modalities.scene import Scene, SceneError
-from modalities.volume_account import by_reason, by_sequence, flags, num_distinct, num_status
+from modalities.volume_account import by_reason, by_sequence, counted, flags, num_distinct, num_status
 from modalities.volume_rows import COLUMNS
 from pipelines.command_line import run
 from pipelines.crosswalk_option import CrosswalkPath, refuse_crosswalk, refuse_inside, tell_crosswalk
@@ -29,7 +29,7 @@ from pipelines.run_folder import RunError, begin, finish, recorded
 from pipelines.tiling_plan import PreparationError
 from pipelines.withheld import missing_paths
 
-DESCRIPTION = "a folder of scans becomes a table: a row per volume, used or not and why, under pseudonyms; nothing is copied or trained"
+DESCRIPTION = "a folder of scans becomes a table: a row per volume or picture, used or not and why, under pseudonyms; nothing is copied"
 TABLE, SHEET = "catalogue.parquet", "catalogue.csv"
 EXPECTED = (SceneError, RunError, PreparationError)
 
@@ -39,9 +39,12 @@ class CatalogueVerb(Settings):
 
     data: Path = Field(description="Folder of scans, searched to its depth, or one file")
     out: Path = Field(description="Folder of the catalogue; one that is there is made anew")
-    reader: Annotated[MedicalSettings | MriSettings | CtSettings, Field(discriminator="kind"), default_kind("medical")] = Field(
-        default_factory=MedicalSettings,
-        description="What is catalogued as usable: medical takes every scan by its own modality, others take one modality as prepare does",
+    reader: Annotated[MedicalSettings | MriSettings | CtSettings | XraySettings, Field(discriminator="kind"), default_kind("medical")] = (
+        Field(
+            default_factory=MedicalSettings,
+            description="What is catalogued as usable: medical takes every scan by its own modality, and of pictures those in DICOM; "
+            "one modality as prepare does",
+        )
     )
     crosswalk: CrosswalkPath = None
     split: Path | None = Field(
@@ -60,7 +63,7 @@ def work(settings: CatalogueVerb) -> int:
     refuse_crosswalk(settings.crosswalk, settings.reader.kind, settings.out, TrackingSettings())
     begin(settings.out, "catalogue", config, may_differ=flatten(config))
     started = time.monotonic()
-    with counting("reading", "volumes") as progress:
+    with counting("reading", "scans") as progress:
         catalogue = scan(settings.data, settings.reader, num_workers=settings.num_workers, progress=progress, need_usable=False)
     seconds = time.monotonic() - started
     tell_catalogue(catalogue)
@@ -73,12 +76,12 @@ def work(settings: CatalogueVerb) -> int:
         result["split"] = {"sha256": frozen.digest, **frozen.counts()}
         console.print(f"split: {frozen.words}")
     finish(settings.out, "catalogue", config, result)
-    console.print(f"{len(catalogue.rows)} volumes in {seconds:.1f} s; [bold]catalogue ready[/]: {settings.out / TABLE}, {SHEET}")
+    console.print(f"{counted(len(catalogue.rows), 'scan')} in {seconds:.1f} s; [bold]catalogue ready[/]: {settings.out / TABLE}, {SHEET}")
     return 0
 
 
 def figures(catalogue: Catalogue, seconds: float) -> dict[str, Any]:
-    """The counts of a catalogue, which add up: files used, rejected and ignored to those found, volumes likewise.
+    """The counts of a catalogue, which add up: files used, rejected and ignored to those found, volumes and pictures likewise.
 
     Raises:
         AssertionError: They do not.
@@ -91,13 +94,19 @@ def figures(catalogue: Catalogue, seconds: float) -> dict[str, Any]:
         "rejected": sum(item.num_files for item in catalogue.rejected),
         "ignored": len(catalogue.ignored),
     }
-    volumes = {"found": len(rows), **{status: num_status(rows, status) for status in ("accepted", "rejected", "ignored")}}
-    for counts in (files, volumes):
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("volume", "picture")}
+    scans = {
+        f"{kind}s": {"found": len(own), **{status: num_status(own, status) for status in ("accepted", "rejected", "ignored")}}
+        for kind, own in kinds.items()
+    }
+    if sum(map(len, kinds.values())) != len(rows):
+        raise AssertionError("the catalogue holds something that is neither a volume nor a picture")
+    for counts in (files, *scans.values()):
         if sum(counts.values()) != 2 * counts["found"]:
             raise AssertionError(f"the counts of the catalogue do not add up: {counts}")
     return {
         "files": files,
-        "volumes": volumes,
+        **scans,
         "patients": num_distinct(accepted, "patient"),
         "sessions": num_distinct(accepted, "session"),
         "scenes": len(catalogue.scenes),

@@ -128,7 +128,7 @@ def prepare_store(
 
 def scan_told(data: Path, reader: ReaderSettings, num_workers: int) -> Catalogue:
     """The catalogue of a folder, with a bar while scans are read."""
-    with counting("reading", "volumes") as progress:
+    with counting("reading", "scans") as progress:
         return scan(data, reader, num_workers=max(1, num_workers), progress=progress)
 
 

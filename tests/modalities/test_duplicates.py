@@ -45,7 +45,7 @@ def test_a_renamed_turned_and_rescaled_copy_is_refused_under_the_pseudonym_of_wh
     assert (copy.code, copy.num_files, copy.unwanted) == ("duplicate", 1, False)
     kept = [scene.name for scene in scanned.scenes if scene.name in copy.reason]
     assert copy.reason == f"the same voxels as {kept[0]}, which is kept"
-    assert scanned.notes[0] == "1 copies of 1 scans are there under other names and are left out (reader.duplicates=refuse)"
+    assert scanned.notes[0] == "1 copy of 1 scan is there under another name and is left out (reader.duplicates=refuse)"
     catalogue = scan(tmp_path, REFUSE)
     assert (catalogue.num_files, catalogue.num_used, len(catalogue.rejected)) == (5, 4, 1)
 

@@ -110,6 +110,6 @@ def test_what_is_no_usable_picture_is_refused_without_its_name_and_all_files_are
     (tmp_path / "notes.txt").write_text("no picture")
     catalogue = scan(tmp_path, XraySettings())
     assert (catalogue.num_used, len(catalogue.rejected), catalogue.ignored) == (1, 2, ("notes.txt",))
-    assert any("nobody says how large a pixel is in 1 pictures" in note for note in catalogue.notes)
+    assert any("nobody says how large a pixel is in 1 picture:" in note for note in catalogue.notes)
     told = capfd.readouterr()
     assert "secret" not in told.out + told.err

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.sequence import Sequence as DicomSequence
 
 from modalities.medical import XraySettings
 from modalities.quality import Quality
@@ -92,3 +96,103 @@ def test_what_is_no_x_ray_picture_to_be_used_is_refused_with_a_code(tmp_path: Pa
     assert "Surname" not in repr(found)
     if code == "burned_in":
         assert scan_xrays([path], tmp_path, XraySettings(burned_in="use")).scenes
+
+
+def table(values: np.ndarray[Any, Any], first: int, bits: int = 16) -> DicomSequence:
+    """A sequence of one lookup table."""
+    item = Dataset()
+    item.LUTDescriptor = [len(values) % 65536, first, bits]
+    item.add_new("LUTData", "US", [int(value) for value in values])
+    return DicomSequence([item])
+
+
+CURVE = np.round(4095 * np.linspace(0, 1, 1200) ** 0.4).astype(np.uint16)
+"""Entries of a table that is no straight line."""
+GIVEN: dict[str, dict[str, Any]] = {
+    "rescale": {"RescaleSlope": "1.5", "RescaleIntercept": "-100"},
+    "modality LUT": {"ModalityLUTSequence": table(CURVE, 1100)},
+    "eight bits": {"ModalityLUTSequence": table(CURVE // 16, 1100, 8)},
+}
+SHOWN: dict[str, dict[str, Any]] = {
+    "LINEAR": {"WindowCenter": "1800.5", "WindowWidth": "801"},
+    "LINEAR_EXACT": {"WindowCenter": "1800", "WindowWidth": "900", "VOILUTFunction": "LINEAR_EXACT"},
+    "SIGMOID": {"WindowCenter": ["1800", "7"], "WindowWidth": ["700", "9"], "VOILUTFunction": "SIGMOID"},
+    "VOI LUT": {"VOILUTSequence": table(CURVE[:900], 1300, 12)},
+    "both": {"VOILUTSequence": table(CURVE[:900], 1300, 12), "WindowCenter": "1800.5", "WindowWidth": "801"},
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_what_stored_values_stand_for_is_what_pydicom_makes_of_them(tmp_path: Path, given: str) -> None:
+    dataset = dicom_image(shades(), Modality="DX", **GIVEN[given])
+    scene = scene_of(save(dataset, tmp_path / "a"))
+    pixels, _ = scene.read(scene.grid.full)
+    wanted = apply_modality_lut(shades(), dataset)
+    slope, intercept = (1.5, -100) if given == "rescale" else (1, 0)
+    assert np.array_equal(pixels[0] * slope + intercept, wanted)
+
+
+@pytest.mark.parametrize("voi", ["window", "lut"])
+@pytest.mark.parametrize("shown", SHOWN)
+@pytest.mark.parametrize("given", ["rescale", "modality LUT"])
+def test_what_is_shown_is_what_pydicom_shows(tmp_path: Path, given: str, shown: str, voi: str) -> None:
+    dataset = dicom_image(shades(), Modality="DX", **GIVEN[given], **SHOWN[shown])
+    meant = apply_modality_lut(shades(), dataset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a VOI LUT over a slope that is no whole number
+        wanted = apply_voi_lut(meant, dataset, prefer_lut=voi == "lut").astype(float)
+    scene = scene_of(save(dataset, tmp_path / "a"), voi=voi)
+    pixels, _ = scene.read(scene.grid.full)
+    values = pixels[0].astype(float)
+    if shown == "VOI LUT" or (shown == "both" and voi == "lut"):
+        assert np.array_equal(values, wanted)
+        return
+    bottom, top = (-100, 1.5 * 65535 - 100) if given == "rescale" else (0, 65535)
+    if shown == "SIGMOID":
+        assert pixels.dtype == np.float32
+        assert values * (top - bottom) + bottom == pytest.approx(wanted, rel=1e-6, abs=0.02)
+        return
+    low, high = (1350, 2250) if shown == "LINEAR_EXACT" else (1400, 2200)
+    slope, intercept = (1.5, -100) if given == "rescale" else (1, 0)
+    share = (values * slope + intercept - low) / (high - low)
+    assert share * (top - bottom) + bottom == pytest.approx(wanted, abs=(top - bottom) / (high - low) * slope)
+    assert np.ptp(values) < np.ptp(meant / slope), "it was cut"
+
+
+def test_monochrome1_and_an_inverse_presentation_turn_once_and_last(tmp_path: Path) -> None:
+    look = {**SHOWN["VOI LUT"], "Modality": "DX"}
+    plain = scene_of(save(dicom_image(shades(), **look), tmp_path / "plain"), voi="lut")
+    both = {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}
+    for name, tags in {
+        "both": both,
+        "one": {"PhotometricInterpretation": "MONOCHROME1"},
+        "other": {"PresentationLUTShape": "INVERSE"},
+    }.items():
+        turned = scene_of(save(dicom_image(shades(), **look, **tags), tmp_path / name), voi="lut")
+        assert np.array_equal(turned.read(turned.grid.full)[0], plain.read(plain.grid.full)[0]), "turned when it is fed, not before"
+        assert fed(turned) == pytest.approx(-fed(plain), abs=1e-6)
+
+
+def test_padding_is_told_by_stored_values_whatever_they_stand_for(tmp_path: Path) -> None:
+    values = shades()
+    values[8:12, 8:12] = 1150
+    values[3, 3] = 1100
+    path = save(dicom_image(values, Modality="DX", PixelPaddingValue=1150, **GIVEN["modality LUT"]), tmp_path / "a")
+    scene = scene_of(path, voi="lut")
+    assert np.array_equal(scene.read(scene.grid.full)[1] == Quality.OUTSIDE, values == 1150)
+
+
+@pytest.mark.parametrize(
+    ("tags", "voi", "code"),
+    [
+        ({"ModalityLUTSequence": table(CURVE, 0, 8)}, "none", "damaged_header"),
+        ({"VOILUTSequence": table(CURVE, 0, 8)}, "lut", "damaged_header"),
+        ({"VOILUTSequence": table(CURVE, 0, 8)}, "none", ""),
+        ({"WindowCenter": "5", "WindowWidth": "9", "VOILUTFunction": "CURVED"}, "window", "damaged_header"),
+        ({"WindowCenter": "5", "WindowWidth": "9", "VOILUTFunction": "CURVED"}, "none", ""),
+    ],
+)
+def test_a_damaged_table_or_window_is_refused_where_it_is_needed(tmp_path: Path, tags: dict[str, Any], voi: Any, code: str) -> None:
+    path = save(dicom_image(shades(), Modality="DX", **tags), tmp_path / "a")
+    found = scan_xrays([path], tmp_path, XraySettings(voi=voi))
+    assert [item.code for item in found.rejected] == ([code] if code else [])

@@ -53,7 +53,7 @@ def test_every_volume_has_a_row_and_the_counts_add_up(made: Path) -> None:
     assert figures["sequences"] == {"T1w": 2, "FLAIR": 1}
     assert figures["modalities"] == {"MR": 3}
     codes = {"looks_like_labels": 1, "truncated": 1, "fieldmap": 1, "duplicate": 1}
-    assert {entry["code"]: entry["volumes"] for entry in figures["not_used"]} == codes
+    assert {entry["code"]: entry["scans"] for entry in figures["not_used"]} == codes
     assert figures["duplicates"] == 1
     assert sorted(row["status"] for row in rows) == ["accepted"] * 3 + ["ignored"] + ["rejected"] * 3
     assert all(list(row) == list(COLUMNS) for row in rows)
@@ -111,11 +111,11 @@ def test_the_account_is_told_and_names_no_file(tmp_path: Path, capsys: pytest.Ca
     assert "8 files found: 3 used in 3 scenes, 3 rejected, 2 of another kind, excluded or not asked for" in lines
     assert "7 volumes found: 3 accepted, 3 rejected, 1 ignored" in lines
     assert "accepted: 2 patients, 3 sessions, 3 scenes" in lines
-    assert "MR T1w: 2 scans of 1 patients in 2 sessions" in lines
+    assert "MR T1w: 2 scans of 1 patient in 2 sessions" in lines
     assert "spacing 1 × 1 × 1–4 mm" in lines
-    assert any(line.startswith("rejected duplicate: 1 volumes, such as file-") for line in lines)
-    assert any(line.startswith("rejected truncated: 1 volumes, such as file-") for line in lines)
-    assert any(line.startswith("ignored fieldmap: 1 volumes") for line in lines)
+    assert any(line.startswith("rejected duplicate: 1 volume, such as file-") for line in lines)
+    assert any(line.startswith("rejected truncated: 1 volume, such as file-") for line in lines)
+    assert any(line.startswith("ignored fieldmap: 1 volume,") for line in lines)
     assert "sub-" not in told
 
 
