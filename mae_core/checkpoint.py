@@ -31,7 +31,9 @@ class TrainState:
         optimiser: AdamW.
         step: Updates done.
         run_id: Of the tracked run, so that a resumed job continues it.
-        window: Loss and gradient norm of the steps that no report has covered yet.
+        window: Loss and gradient norm of the steps that no report has covered yet, without skipped ones.
+        skipped: Steps that made no update, since their loss or gradient was not finite.
+        skipped_in_row: The last so many of them came one after another.
     """
 
     model: nn.Module
@@ -39,6 +41,8 @@ class TrainState:
     step: int = 0
     run_id: str | None = None
     window: list[tuple[float, float]] = field(default_factory=list)
+    skipped: int = 0
+    skipped_in_row: int = 0
 
 
 def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int) -> Path:
@@ -62,6 +66,8 @@ def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int
             "step": state.step,
             "run_id": state.run_id,
             "window": state.window,
+            "skipped": state.skipped,
+            "skipped_in_row": state.skipped_in_row,
             "settings": dict(settings),
             "torch": torch.__version__,
         }
@@ -105,6 +111,7 @@ def restore(state: TrainState, folder: Path, say: Callable[[str], None]) -> dict
         _load_optimiser(state, load_file(path / "optimiser.safetensors"))
         state.step, state.run_id = record["step"], record["run_id"]
         state.window = [(loss, norm) for loss, norm in record.get("window", [])]
+        state.skipped, state.skipped_in_row = record.get("skipped", 0), record.get("skipped_in_row", 0)
         return record
     if found:
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is sound; start again with another --out")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from mae_core.settings import Settings
 
@@ -64,3 +64,16 @@ def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     """Set the rate of every group, each with its own factor."""
     for group in optimiser.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def step_unless(skipped: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Move the weights, or leave weights and state as they are where the scalar `skipped` is 1.
+
+    A fused optimiser is told on the device, as a scaler of gradients would tell it, and nobody waits; another asks here.
+    """
+    if optimiser.defaults.get("fused"):
+        optimiser.found_inf = skipped  # type: ignore[attr-defined]
+        optimiser.step()
+        del optimiser.found_inf  # type: ignore[attr-defined]
+    elif not bool(skipped):
+        optimiser.step()

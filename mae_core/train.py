@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -17,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.augment import RawBatch
 from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
+from mae_core.divergence import Guard, RunningStatistics, Taken, check_weights
 from mae_core.loader import Stream
 from mae_core.masking import STREAM_STEP, counter_bits
-from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr
+from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr, step_unless
 from mae_core.pulse import Pulse
 from mae_core.settings import Settings
 from mae_core.stopping import Stopped, StopRequest
@@ -35,6 +35,9 @@ class TrainSettings(Settings):
     eval_tiles: int = Field(64, ge=1, description="Held-out tiles that are evaluated, spread evenly over all of them")
     checkpoint_steps: int = Field(200, ge=1, description="Updates between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay on disk")
+    max_skipped_in_row: int = Field(
+        5, ge=1, description="Steps in a row whose loss or gradient is not finite, and that make no update, after which the run stops"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes it, else fp32")
     compile: Literal["off", "whole", "parts"] = Field(
         "off", description="Compile the model first: whole as one graph or not at all (pretraining), or in parts; pays in long runs"
@@ -42,10 +45,6 @@ class TrainSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
     seed: int = Field(0, ge=0, description="Of weights, order, crops and hidden sets")
     watchdog: WatchdogSettings = WatchdogSettings()
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names step, cause and samples."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def train(
 
     What a model draws for itself, such as dropped paths, is a function of seed, step and process.
     Gradients of all micro-batches and processes are summed and divided by the global count once, so neither the
-    micro-batch size nor uneven numbers of valid voxels change the update.
+    micro-batch size nor uneven numbers of valid voxels change the update. A step whose loss or gradient is not finite
+    makes no update: weights, optimiser and running statistics stay as they were, bit for bit.
 
     Args:
         task: Gives loss and evaluation.
@@ -132,60 +132,58 @@ def train(
         report: Called on every process after `log_steps` updates and after an evaluation.
 
     Raises:
-        TrainingError: The loss or the gradient is not finite; no checkpoint is written after that.
+        TrainingError: Too many steps in a row were not finite, or a weight is not; no checkpoint is written after that.
         Stopped: One of the processes was asked to stop; all have saved the same step.
     """
     parallel = stream.parallel
     if settings.compile != "off":
         state.model.compile(fullgraph=settings.compile == "whole", dynamic=False)
-    model = parallel.wrap(state.model)
-    model.train()
+    model = parallel.wrap(state.model).train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
-    window = _Window(state)
-    stopping = _Agreement()
+    guard, statistics, window = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), _Window()
     for batches, waited in stream.steps(state.step, settings.steps):
         around.pulse.beat(state.step, "step")
         torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
         set_lr(state.optimiser, lr * lr_factor(state.step, settings.steps, optim))
+        statistics.remember()
         losses = []
         for number, raw in enumerate(batches):
             with _no_reduction(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
                 loss = task.loss(model, raw, state.step / settings.steps)
             (loss.total / loss.nominal).backward()
             losses.append(loss)
-        own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0)
-        total, count, asked = parallel.sum(torch.cat([own, own.new_tensor([float(bool(around.stop))])]))
+        total, count, asked = parallel.sum(_own_sums(losses, around.stop))
         factor = losses[0].nominal * parallel.world / count.clamp(min=1)
-        gradients = [weight.grad for weight in state.model.parameters() if weight.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([weight.grad for weight in state.model.parameters() if weight.grad is not None], factor)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_norm)
-        state.optimiser.step()
+        taken = Taken(state.step + 1, total / count.clamp(min=1), norm, asked, [(loss.tile, loss.per_sample) for loss in losses], batches)
+        guard.take(taken)
+        step_unless(taken.skipped, state.optimiser)
+        statistics.put_back(taken.skipped)
         state.optimiser.zero_grad(set_to_none=True)
         state.step += 1
-        window.add(total / count.clamp(min=1), norm, losses, waited, stream.settings.global_batch_size)
+        window.add(waited, stream.settings.global_batch_size)
         if _due(state.step, settings.log_steps, settings):
-            rate = {"train/lr": state.optimiser.param_groups[-1]["lr"]}
-            report(Report(state.step, window.close(state.step) | rate | stream.damage()))
+            guard.settle()
+            report(Report(state.step, window.close(state) | stream.damage()))
         if _due(state.step, settings.eval_steps, settings):
             around.pulse.beat(state.step, "evaluation")
-            window.check(state.step)
-            eager = torch.compiler.set_stance("force_eager")  # held-out batches have shapes of their own
-            with window.paused(), eager, torch.inference_mode(), autocast(settings.precision, parallel.device):
-                model.eval()
+            guard.settle()
+            with window.paused(), _evaluating(model), autocast(settings.precision, parallel.device):
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
-                model.train()
-        stop = stopping.reached(asked) and state.step < settings.steps
+        stop = guard.asked and state.step < settings.steps
         if around.checkpoints is not None and (stop or _due(state.step, settings.checkpoint_steps, settings)):
             around.pulse.beat(state.step, "save")
-            window.keep(state)
+            guard.settle()
+            check_weights(state, parallel)
             around.checkpoints.save(state)
         if stop:
-            if around.checkpoints is not None:
-                around.checkpoints.wait()
-            asker = around.stop.signal or "by another process"
-            raise Stopped(f"asked to stop ({asker}); step {state.step} of {settings.steps} is saved", together=True)
+            break
     if around.checkpoints is not None:
         around.checkpoints.wait()
+    if guard.asked and state.step < settings.steps:
+        asker = around.stop.signal or "by another process"
+        raise Stopped(f"asked to stop ({asker}); step {state.step} of {settings.steps} is saved", together=True)
     around.pulse.beat(state.step, "end")
 
 
@@ -204,72 +202,36 @@ def computes_bf16(device: torch.device) -> bool:
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
-class _Agreement:
-    """Whether any process was asked to stop, as all processes know it after the same step.
-
-    The sum of the flags is on its way from the device while the next step runs, so on a GPU it is acted on one step later.
-    """
-
-    def __init__(self) -> None:
-        self._before: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def reached(self, asked: Tensor) -> bool:
-        """Whether it is time to stop."""
-        if asked.device.type != "cuda":
-            return bool(asked > 0)
-        before, event = self._before, torch.cuda.Event()
-        copy = torch.empty_like(asked, device="cpu", pin_memory=True).copy_(asked, non_blocking=True)
-        event.record()
-        self._before = copy, event
-        if before is None:
-            return False
-        before[1].synchronize()
-        return bool(before[0] > 0)
+def _own_sums(losses: Sequence[Loss], stop: StopRequest) -> Tensor:
+    """Loss and count of this process's samples, and 1 if it was asked to stop: what all processes add up."""
+    own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0)
+    return torch.cat([own, own.new_tensor([float(bool(stop))])])
 
 
 class _Window:
-    """Losses since the last report, kept on the device so that a step need not wait for them; those of before a restart come along."""
+    """Time and samples since the last report. Its losses are in the state, so that those of before a restart come along."""
 
-    def __init__(self, state: TrainState) -> None:
-        self.steps: list[tuple[Tensor, Tensor, list[Loss]]] = [(torch.tensor(loss), torch.tensor(norm), []) for loss, norm in state.window]
+    def __init__(self) -> None:
         self.waited, self.samples = 0.0, 0
         self.began = perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, losses: list[Loss], waited: float, samples: int) -> None:
-        self.steps.append((loss, norm, losses))
+    def add(self, waited: float, samples: int) -> None:
         self.waited += waited
         self.samples += samples
 
-    def check(self, step: int) -> None:
-        """Stop if a loss or gradient norm was not finite."""
-        for back, (loss, norm, losses) in enumerate(self.steps):
-            if math.isfinite(float(loss)) and math.isfinite(float(norm)):
-                continue
-            pairs = [pair for part in losses for pair in zip(part.tile.tolist(), part.per_sample.tolist(), strict=True)]
-            bad = [tile for tile, value in pairs if not math.isfinite(value)]
-            at = step - len(self.steps) + back + 1
-            names = f"tiles {bad}" if bad else f"none of its samples by itself; the batch holds tiles {[tile for tile, _ in pairs]}"
-            raise TrainingError(
-                f"step {at}: loss {float(loss)}, gradient norm {float(norm)}: not finite, in {names}. "
-                "The last checkpoint is from before; lower optim.base_lr or look at these tiles, then run again"
-            )
-
-    def keep(self, state: TrainState) -> None:
-        """Put what the next report is to be made of into the state, so that a run that goes on reports the same."""
-        self.check(state.step)
-        state.window = [(float(loss), float(norm)) for loss, norm, _ in self.steps]
-
-    def close(self, step: int) -> dict[str, float]:
-        """Metrics of the window; a new one begins."""
-        self.check(step)
+    def close(self, state: TrainState) -> dict[str, float]:
+        """Metrics of the window, of the loss without steps that were skipped; a new one begins."""
         seconds = perf_counter() - self.began
+        losses, norms = (torch.tensor([pair[place] for pair in state.window]) for place in (0, 1))
+        means = {"train/loss": float(losses.mean()), "train/grad_norm": float(norms.mean())} if state.window else {}
         metrics = {
-            "train/loss": float(torch.stack([loss.cpu() for loss, _, _ in self.steps]).mean()),
-            "train/grad_norm": float(torch.stack([norm.cpu() for _, norm, _ in self.steps]).mean()),
+            **means,
+            "train/skipped_steps": float(state.skipped),
+            "train/lr": state.optimiser.param_groups[-1]["lr"],
             "speed/samples_per_second": self.samples / seconds,
             "speed/data_wait_fraction": self.waited / seconds,
         }
-        self.steps.clear()
+        state.window = []
         self.waited, self.samples, self.began = 0.0, 0, perf_counter()
         return metrics
 
@@ -279,6 +241,15 @@ class _Window:
         began = perf_counter()
         yield
         self.began += perf_counter() - began
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is not trained meanwhile, nor compiled: held-out batches have shapes of their own."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        yield
+    model.train()
 
 
 def _due(step: int, every: int, settings: TrainSettings) -> bool:

@@ -19,6 +19,7 @@ from mae_core.attention import AttentionError
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.bands import bands_of
 from mae_core.checkpoint import CheckpointError, TrainState, peek, restore
+from mae_core.divergence import TrainingError
 from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, Pretraining, fit_basis
 from mae_core.export import Description, ModelError, save_model
@@ -32,7 +33,7 @@ from mae_core.parallel import DeviceError, processes
 from mae_core.settings import Settings, to_plain
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
-from mae_core.train import TrainingError, TrainSettings, train
+from mae_core.train import TrainSettings, train
 from mae_core.vit import channel_groups
 from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
 from pipelines.attempt import attempt
@@ -74,6 +75,7 @@ MAY_DIFFER = (
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "train.watchdog",
+    "train.max_skipped_in_row",
 )
 
 

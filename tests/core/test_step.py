@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mae_core.augment import AugmentSettings, Normaliser, RawBatch
 from mae_core.context import only_spacing
 from mae_core.decoders import CrossDecoderSettings
+from mae_core.divergence import RunningStatistics, Taken
 from mae_core.evaluate import Pretraining
 from mae_core.mae import MaskedAutoencoder, ModelSettings
 from mae_core.masking import RandomHiding
-from mae_core.optim import OptimSettings, make_optimiser
+from mae_core.optim import OptimSettings, make_optimiser, step_unless
 from mae_core.parallel import Parallel
 from mae_core.positions import PositionSettings
 from mae_core.sparse_conv import SparseConvSettings
@@ -109,13 +110,14 @@ def task_of(settings: ModelSettings, device: torch.device, augment: AugmentSetti
     return Pretraining(settings, RandomHiding(), normaliser, 0, store, np.zeros(0, dtype=np.int64), 2, Parallel(0, 1, device))
 
 
-def backward(task: Pretraining, model: MaskedAutoencoder) -> None:
+def backward(task: Pretraining, model: MaskedAutoencoder) -> Taken:
     """What the loop does before it updates the weights."""
     loss = task.loss(model, raw_batch(len(task.normaliser.crop)), 0.0)
     (loss.total / loss.nominal).backward()
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     torch._foreach_mul_(gradients, loss.nominal / loss.count.clamp(min=1))
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return Taken(1, loss.total.detach() / loss.count.clamp(min=1), norm, torch.zeros(()), [(loss.tile, loss.per_sample)], [])
 
 
 @pytest.mark.parametrize(("settings", "augment"), CASES.values(), ids=list(CASES))
@@ -134,11 +136,14 @@ def test_no_step_looks_at_a_value(name: str, waits: Waits) -> None:
     settings = MODELS[name]
     task, model = task_of(settings, torch.device("cpu"), AugmentSettings()), model_of(settings).train()
     optimiser = make_optimiser(model, OptimSettings(), 1e-3)
+    statistics = RunningStatistics(nn.ModuleList([model, nn.BatchNorm1d(1)]))
     before = [weight.clone() for weight in model.parameters()]
     with waits:
         for _ in range(2):
-            backward(task, model)
-            optimiser.step()
+            statistics.remember()
+            taken = backward(task, model)
+            step_unless(taken.skipped, optimiser)
+            statistics.put_back(taken.skipped)
             optimiser.zero_grad(set_to_none=True)
     assert not waits.places
     assert any(not old.equal(new) for old, new in zip(before, model.parameters(), strict=True)), "it is a step"
