@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.decoders import CrossDecoder
+from mae_core.encoders import AnyEncoder
+from mae_core.heads import Segmenter
 from mae_core.mae import MaskedAutoencoder
 from mae_core.masking import num_kept, num_predicted
 from mae_core.nd import block_of
+from mae_core.vit import Encoder
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training does with one sample.
+
+    Attributes:
+        name: What the user reads in front of every line.
+        tokens: That the encoder sees; hidden ones are not among them.
+        flops: Operations of its forward and backward pass, a multiply-add counting two; None where nobody has counted them.
+    """
+
+    name: str = "training"
+    tokens: int = 0
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +90,8 @@ def products(model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) 
     kept = num_kept(tokens, mask_ratio)
     hidden, prefix = tokens - kept, encoder.num_prefix
     seen = kept + prefix
-    patch = encoder.settings.patch
-    voxels = sum(math.prod(patch) // math.prod(block_of(len(patch), footprint)) for footprint in encoder.footprints)
     width, outer = decoder.embed.out_features, decoder.head.out_features
-    found = [Product("embed.patches", kept, voxels, encoder.settings.width)]
+    found = [_embedding(encoder, kept)]
     found += block_products("encoder", seen, encoder.settings.width, encoder.blocks)
     found.append(Product("bridge.linear", seen, encoder.settings.width, width))
     if isinstance(decoder, CrossDecoder):
@@ -83,6 +100,44 @@ def products(model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) 
     else:
         found += block_products("decoder", tokens + prefix, width, decoder.blocks)
     return (*found, Product("head.linear", hidden, width, outer))
+
+
+def pretraining_work(name: str, model: MaskedAutoencoder, space: Sequence[int], mask_ratio: float) -> Work:
+    """What pretraining does with a crop in which every token is valid.
+
+    Operations are the model's matrix products, see `products`; of convolutions over shown tokens alone they are not counted.
+    """
+    kept = num_kept(math.prod(model.encoder.layout(space).full_grid), mask_ratio)
+    return Work(name, kept, training_flops(products(model, space, mask_ratio)) if isinstance(model.encoder, Encoder) else None)
+
+
+def segmentation_work(name: str, model: Segmenter, space: Sequence[int]) -> Work:
+    """What training a segmenter does with a crop in which every token is valid.
+
+    Operations are the matrix products of the encoder, which sees all tokens, and what torch counts in the head, whose
+    convolutions are most of a small segmenter; with a convolutional encoder they are not counted.
+    """
+    encoder = model.encoder
+    tokens = math.prod(encoder.layout(space).full_grid)
+    if not isinstance(encoder, Encoder):
+        return Work(name, tokens)
+    found = [_embedding(encoder, tokens), *block_products("encoder", tokens + encoder.num_prefix, encoder.settings.width, encoder.blocks)]
+    return Work(name, tokens, training_flops(found) + _head_flops(model, space))
+
+
+def _head_flops(model: Segmenter, space: Sequence[int]) -> int:
+    """What torch's counter sees in a head's forward and backward pass of one crop; nothing is computed."""
+    head = copy.deepcopy(model.head).to("meta")
+    pixels = torch.empty(1, len(model.encoder.channels), *space, device="meta")
+    grid = model.encoder.layout(space).grid
+    maps = [torch.empty(1, model.encoder.settings.width, *grid, device="meta", requires_grad=True) for _ in model.taps]
+    return counted_flops(lambda: head(pixels, maps).sum())
+
+
+def _embedding(encoder: AnyEncoder, tokens: int) -> Product:
+    patch = encoder.settings.patch
+    voxels = sum(math.prod(patch) // math.prod(block_of(len(patch), footprint)) for footprint in encoder.footprints)
+    return Product("embed.patches", tokens, voxels, encoder.settings.width)
 
 
 def block_products(part: str, length: int, width: int, blocks: nn.ModuleList) -> list[Product]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from mae_core.masking import STREAM_STEP, counter_bits
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr, step_unless
 from mae_core.pulse import Pulse
 from mae_core.settings import Settings
+from mae_core.speed import Speedometer
 from mae_core.stopping import Stopped, StopRequest
 from mae_core.watchdog import WatchdogSettings
 
@@ -99,11 +99,13 @@ class Surroundings:
         checkpoints: Writes them; None writes none.
         stop: Whether this process was asked to stop.
         pulse: Told where the process is.
+        speed: Tells rates and memory.
     """
 
     checkpoints: CheckpointWriter | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     pulse: Pulse = field(default_factory=Pulse)
+    speed: Speedometer = field(default_factory=Speedometer)
 
 
 def train(
@@ -140,7 +142,8 @@ def train(
         state.model.compile(fullgraph=settings.compile == "whole", dynamic=False)
     model = parallel.wrap(state.model).train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
-    guard, statistics, window = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), _Window()
+    guard, statistics, speed = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), around.speed
+    speed.start()
     for batches, waited in stream.steps(state.step, settings.steps):
         around.pulse.beat(state.step, "step")
         torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
@@ -162,21 +165,22 @@ def train(
         statistics.put_back(taken.skipped)
         state.optimiser.zero_grad(set_to_none=True)
         state.step += 1
-        window.add(waited, stream.settings.global_batch_size)
+        speed.add(stream.settings.global_batch_size, waited)
         if _due(state.step, settings.log_steps, settings):
             guard.settle()
-            report(Report(state.step, window.close(state) | stream.damage()))
+            report(Report(state.step, _losses(state) | speed.close(parallel) | stream.damage()))
         if _due(state.step, settings.eval_steps, settings):
             around.pulse.beat(state.step, "evaluation")
             guard.settle()
-            with window.paused(), _evaluating(model), autocast(settings.precision, parallel.device):
+            with speed.paused(), _evaluating(model), autocast(settings.precision, parallel.device):
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
         stop = guard.asked and state.step < settings.steps
         if around.checkpoints is not None and (stop or _due(state.step, settings.checkpoint_steps, settings)):
             around.pulse.beat(state.step, "save")
             guard.settle()
             check_weights(state, parallel)
-            around.checkpoints.save(state)
+            with speed.paused():
+                around.checkpoints.save(state)
         if stop:
             break
     if around.checkpoints is not None:
@@ -189,9 +193,14 @@ def train(
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 autocast where it is asked for, or with `auto` where the hardware computes it; else nothing."""
-    if precision == "bf16" or (precision == "auto" and computes_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    dtype = product_dtype(precision, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in at a precision of the settings."""
+    wide = precision == "bf16" or (precision == "auto" and computes_bf16(device))
+    return torch.bfloat16 if wide else torch.float32
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -208,39 +217,12 @@ def _own_sums(losses: Sequence[Loss], stop: StopRequest) -> Tensor:
     return torch.cat([own, own.new_tensor([float(bool(stop))])])
 
 
-class _Window:
-    """Time and samples since the last report. Its losses are in the state, so that those of before a restart come along."""
-
-    def __init__(self) -> None:
-        self.waited, self.samples = 0.0, 0
-        self.began = perf_counter()
-
-    def add(self, waited: float, samples: int) -> None:
-        self.waited += waited
-        self.samples += samples
-
-    def close(self, state: TrainState) -> dict[str, float]:
-        """Metrics of the window, of the loss without steps that were skipped; a new one begins."""
-        seconds = perf_counter() - self.began
-        losses, norms = (torch.tensor([pair[place] for pair in state.window]) for place in (0, 1))
-        means = {"train/loss": float(losses.mean()), "train/grad_norm": float(norms.mean())} if state.window else {}
-        metrics = {
-            **means,
-            "train/skipped_steps": float(state.skipped),
-            "train/lr": state.optimiser.param_groups[-1]["lr"],
-            "speed/samples_per_second": self.samples / seconds,
-            "speed/data_wait_fraction": self.waited / seconds,
-        }
-        state.window = []
-        self.waited, self.samples, self.began = 0.0, 0, perf_counter()
-        return metrics
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside is not counted as training time."""
-        began = perf_counter()
-        yield
-        self.began += perf_counter() - began
+def _losses(state: TrainState) -> dict[str, float]:
+    """Means since the last report, without steps that were skipped; those of before a restart came along in the state."""
+    losses, norms = (torch.tensor([pair[place] for pair in state.window]) for place in (0, 1))
+    means = {"train/loss": float(losses.mean()), "train/grad_norm": float(norms.mean())} if state.window else {}
+    state.window = []
+    return {**means, "train/skipped_steps": float(state.skipped), "train/lr": state.optimiser.param_groups[-1]["lr"]}
 
 
 @contextmanager

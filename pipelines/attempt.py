@@ -11,12 +11,14 @@ from typing import Any
 
 from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
+from mae_core.flops import Work
 from mae_core.loader import Stream
 from mae_core.parallel import Parallel
 from mae_core.pulse import pulse
+from mae_core.speed import speedometer
 from mae_core.stopping import StopRequest, stop_requests
 from mae_core.tracking import Tracker
-from mae_core.train import Report, Surroundings, TrainSettings
+from mae_core.train import Report, Surroundings, TrainSettings, product_dtype
 from mae_core.watchdog import watchdog
 from pipelines.lease import confirm
 from pipelines.progress import console, training
@@ -41,12 +43,12 @@ class Attempt:
 
 @contextmanager
 def attempt(
-    title: str, folder: Path, state: TrainState, stream: Stream, settings: TrainSettings, config: Mapping[str, Any], tracker: Tracker | None
+    work: Work, folder: Path, state: TrainState, stream: Stream, settings: TrainSettings, config: Mapping[str, Any], tracker: Tracker | None
 ) -> Iterator[Attempt]:
     """What a training needs around it, for as long as it lasts.
 
     Args:
-        title: What the user reads in front of every line.
+        work: What is done with a sample, and the name that the user reads in front of every line.
         folder: Of the run; checkpoints go into `checkpoints`.
         state: Model, optimiser and step that the training goes on from.
         stream: Of its samples.
@@ -58,7 +60,7 @@ def attempt(
     last: dict[str, float] = {}
     told_damage: list[str] = []
     with ExitStack() as stack:
-        display = stack.enter_context(training(title, state.step, settings.steps, quiet=not parallel.is_first))
+        display = stack.enter_context(training(work.name, state.step, settings.steps, quiet=not parallel.is_first))
         stop = stack.enter_context(stop_requests())
         beats = stack.enter_context(pulse(folder, parallel.rank, parallel.world))
         stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank))
@@ -75,7 +77,8 @@ def attempt(
             if tracker is not None:
                 tracker.metrics(what.metrics, what.step)
 
-        yield Attempt(Surroundings(writer, stop, beats), report, last, partial(_loop, stop, parallel))
+        speed = speedometer(work, product_dtype(settings.precision, parallel.device), parallel)
+        yield Attempt(Surroundings(writer, stop, beats, speed), report, last, partial(_loop, stop, parallel))
 
 
 @contextmanager

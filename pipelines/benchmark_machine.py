@@ -1,14 +1,11 @@
-"""What a machine can do and where its time goes: rates of matrix products and copies, timing, memory, shares of operators."""
+"""What a machine can do and where its time goes: rates of copies, memory, shares of operators."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-Shape = tuple[int, int, int]
-"""Rows, inner length and columns of a matrix product."""
+from mae_core.speed import Shape, best_time, synchronise
 
 SQUARES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 """Sizes of the square products by kind of device."""
-
-SHORTEST_S = 0.02
-"""Products are repeated until this long has passed, so that the clock and the launch do not count."""
 
 COPIED_BYTES = 2**28
 """Size of the array that is copied; more than any cache holds."""
@@ -38,44 +31,6 @@ GROUPS = {
     r"|::(logical|clamp|remainder|native_dropout|relu|bernoulli|rand)|elementwise|reduce|triton|fused",
 }
 """Names of operators (processor) and kernels (GPU) by group; the first that fits. What fits none is `other`."""
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(work: Callable[[], None], calls: int, device: torch.device) -> float:
-    """Seconds per call, from an idle device to an idle device."""
-    synchronise(device)
-    began = perf_counter()
-    for _ in range(calls):
-        work()
-    synchronise(device)
-    return (perf_counter() - began) / calls
-
-
-def best_time(work: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    """Shortest of some times per call, after calls that are not counted."""
-    work()
-    calls = max(1, math.ceil(SHORTEST_S / max(timed(work, 1, device), 1e-9)))
-    return min(timed(work, calls, device) for _ in range(repeats))
-
-
-def product_rates(shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Operations per second of `(rows, inner)` times transposed `(columns, inner)`, as in a linear layer, by name of the shape."""
-    rates = {}
-    for name, (rows, inner, columns) in shapes.items():
-        left = torch.randn(rows, inner, device=device).to(dtype)
-        weight = torch.randn(columns, inner, device=device).to(dtype)
-
-        def product(left: Tensor = left, weight: Tensor = weight) -> None:
-            nn.functional.linear(left, weight)
-
-        with torch.inference_mode():
-            rates[name] = 2 * rows * inner * columns / best_time(product, device)
-    return rates
 
 
 def squares(sizes: Sequence[int], device: torch.device) -> dict[str, Shape]:
@@ -115,15 +70,6 @@ def state_bytes(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Bytes of weights and of the optimiser's moments."""
     moments = [value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *moments))
-
-
-def process_peak_bytes() -> int | None:
-    """Largest resident memory that this process has had; None where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def operator_shares(work: Callable[[], None], calls: int, device: torch.device) -> dict[str, float]:

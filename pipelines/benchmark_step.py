@@ -12,6 +12,7 @@ import torch
 from mae_core.flops import Product, largest_linears, products, unfused_bytes
 from mae_core.mae import MaskedAutoencoder
 from mae_core.settings import to_plain
+from mae_core.speed import process_peak_bytes, product_rates, synchronise, timed
 from mae_core.train import computes_bf16
 from pipelines.benchmark_contestants import COMPILED, Bench, Contestant, StepSettings, make_bench, make_ours, make_peers
 from pipelines.benchmark_machine import (
@@ -19,12 +20,8 @@ from pipelines.benchmark_machine import (
     description,
     kept_bytes,
     operator_shares,
-    process_peak_bytes,
-    product_rates,
     squares,
     state_bytes,
-    synchronise,
-    timed,
 )
 from pipelines.benchmark_report import floor_of, ratios, tell
 from pipelines.command_line import run

@@ -24,6 +24,7 @@ from mae_core.case_metrics import CaseSettings
 from mae_core.checkpoint import TrainState, restore, sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
+from mae_core.flops import segmentation_work
 from mae_core.foreground import Foreground
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
@@ -296,7 +297,8 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
                 )
             )
             state.run_id = child.run_id
-        running = stack.enter_context(attempt(f"{arm} seed {seed}", folder, state, stream, settings.train, job.config, child))
+        todo = segmentation_work(f"{arm} seed {seed}", model, settings.crop)
+        running = stack.enter_context(attempt(todo, folder, state, stream, settings.train, job.config, child))
         encoder = model.encoder
         tokens = math.prod(encoder.layout(settings.crop).full_grid)
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []

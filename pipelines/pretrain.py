@@ -23,6 +23,7 @@ from mae_core.divergence import TrainingError
 from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, Pretraining, fit_basis
 from mae_core.export import Description, ModelError, save_model
+from mae_core.flops import pretraining_work
 from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
@@ -224,7 +225,9 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         task = replace(task, perceptual=perceptual_loss(recipe.perceptual, store, normaliser, recipe.tracking, out, parallel.device))
         if not state.step:
             fit_basis(task, model, stream.rows)
-        run = stack.enter_context(attempt("pretraining", out, state, stream, recipe.train, config, tracker))
+        todo = pretraining_work("pretraining", model, recipe.crop, recipe.hiding.mask_ratio)
+        todo = todo if task.perceptual is None else replace(todo, flops=None)  # the frozen encoder's are not counted
+        run = stack.enter_context(attempt(todo, out, state, stream, recipe.train, config, tracker))
         shapes = attention_shapes(model, recipe.crop, recipe.hiding.mask_ratio)
         with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels, run.loop():
             train(task, state, stream, recipe.train, recipe.optim, run.surroundings, run.report)

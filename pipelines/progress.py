@@ -20,7 +20,7 @@ PLAIN_INTERVAL_S = 15
 
 
 class TrainDisplay:
-    """Steps, loss, samples/s, waiting and time left of a training loop."""
+    """Steps, loss, samples/s, share of the matrix product's rate, waiting, memory and time left of a training loop."""
 
     def __init__(self, title: str, first: int, last: int, *, quiet: bool) -> None:
         self.title, self.first, self.last = title, first, last
@@ -44,7 +44,7 @@ class TrainDisplay:
     def show(self, report: Report) -> None:
         """Take in a report of the loop."""
         self.numbers |= report.metrics
-        text = self._text()
+        text = self.text
         self.bar.update(self.task, completed=report.step, text=text)
         is_evaluation = any(name.startswith("val") for name in report.metrics)
         due = monotonic() - self.printed >= PLAIN_INTERVAL_S or report.step == self.last
@@ -55,15 +55,23 @@ class TrainDisplay:
         left = (self.printed - self.began) / done * (self.last - report.step)
         console.print(f"{self.title}  step {report.step}/{self.last}  {text}  {left:.0f} s left")
 
-    def _text(self) -> str:
+    @property
+    def text(self) -> str:
+        """What the line says behind the step."""
         known = {
             "train/loss": "loss {:.4f}",
             "speed/samples_per_second": "{:.0f} samples/s",
+            "speed/mfu": "MFU {:.1%}",
             "speed/data_wait_fraction": "waiting {:.0%}",
+            self._memory(): "memory {:.1f} GiB",
             "val/skill": "skill {:+.3f}",
             "val_crops/mean_dice": "held-out Dice {:.3f}",
         }
         return "  ".join(text.format(self.numbers[name]) for name, text in known.items() if name in self.numbers)
+
+    def _memory(self) -> str:
+        """The largest memory that is short: of the GPU where there is one."""
+        return "memory/gpu_peak_gib" if "memory/gpu_peak_gib" in self.numbers else "memory/process_peak_gib"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ ROWS = {
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel checkpoint checkpoint_writer divergence export weights band_transfer published monai_export "
     "bootstrap case_metrics",
-    "wholes": "train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "
+    "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "
     "case_sheet finetune",
 }
 HOMES = {

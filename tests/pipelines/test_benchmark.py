@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mae_core.flops import products, training_flops
 from mae_core.mae import MaskedAutoencoder
 from mae_core.nd import patchify
+from mae_core.speed import product_rates, timed
 from pipelines import benchmark_contestants, benchmark_peers, benchmark_step
 from pipelines.benchmark import SUBJECTS, main
 from pipelines.benchmark_contestants import Contestant, StepSettings, make_bench, make_ours, make_peers
-from pipelines.benchmark_machine import group_of, kept_bytes, product_rates, shares_of, timed
+from pipelines.benchmark_machine import group_of, kept_bytes, shares_of
 from pipelines.benchmark_peers import PeerError, PeerShape, hidden_loss, make_peer
 from pipelines.benchmark_report import busy_note, floor_of, ratios
 from pipelines.benchmark_step import ceiling_of, check_losses, race
@@ -36,7 +37,7 @@ SHAPE = PeerShape("nano", (32, 1, 2), 4.0, 2, (16, 16), (4, 4), 0.75)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr("pipelines.benchmark_machine.SHORTEST_S", 1e-4)
+    monkeypatch.setattr("mae_core.speed.SHORTEST_S", 1e-4)
     monkeypatch.setattr("pipelines.benchmark_machine.COPIED_BYTES", 2**20)
     with one_thread():
         yield
@@ -202,7 +203,7 @@ def test_a_busy_machine_is_told(load: float | None, busy: bool) -> None:
 
 
 def test_rates_are_operations_by_the_shortest_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.benchmark_machine.best_time", lambda work, device: work() or 0.5)
+    monkeypatch.setattr("mae_core.speed.best_time", lambda work, device: work() or 0.5)
     assert product_rates({"a": (2, 3, 5)}, torch.bfloat16, CPU) == {"a": 2 * 2 * 3 * 5 / 0.5}
 
 
