@@ -38,6 +38,9 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 SPACES = {2: ((12, 12), (36, 24)), 3: ((8, 8, 8), (8, 24, 16))}
 """Tile and scene by number of axes; every scene gives six tiles."""
 
+OF_THE_MACHINE = ("speed/", "memory/", "checkpoint/")
+"""How the names of metrics begin that tell of the machine, so that no two runs have the same."""
+
 TINY: dict[str, Any] = {
     "crop": [8],
     "model.encoder.preset": "nano",

@@ -30,7 +30,19 @@ from mae_core.tracking import Registered, TrackingSettings, fetch_model
 from pipelines import pretrain as verb
 from pipelines.frozen_split import split_digest
 from pipelines.pretrain import main
-from tests.tiny_runs import ROOT, TINY, arguments, environment, one_thread, quick, shared_store, shared_tracking, tiny_recipe, two_processes
+from tests.tiny_runs import (
+    OF_THE_MACHINE,
+    ROOT,
+    TINY,
+    arguments,
+    environment,
+    one_thread,
+    quick,
+    shared_store,
+    shared_tracking,
+    tiny_recipe,
+    two_processes,
+)
 
 __all__ = ["quick"]
 
@@ -363,15 +375,15 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes_as_one_run(
     run = run_named(client, "killed")
     whole = client.get_run(finished.result["mlflow"]["run_id"])
     assert run.info.status == "FINISHED"
-    for key in sorted(key for key in whole.data.metrics if not key.startswith("speed/")):
+    for key in sorted(key for key in whole.data.metrics if not key.startswith(OF_THE_MACHINE)):
         assert history(client, run, key) == history(client, whole, key), key
     assert len(run.inputs.dataset_inputs) == 1
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "images") if item.path.endswith(".png")]
     assert sorted(name.split("+")[2] for name in pictures) == ["4", "8"]
     result = json.loads((out / "result.json").read_text())
     assert result["digests"] == finished.result["digests"]
-    assert {key: value for key, value in result["figures"].items() if not key.startswith("speed/")} == {
-        key: value for key, value in finished.result["figures"].items() if not key.startswith("speed/")
+    assert {key: value for key, value in result["figures"].items() if not key.startswith(OF_THE_MACHINE)} == {
+        key: value for key, value in finished.result["figures"].items() if not key.startswith(OF_THE_MACHINE)
     }
 
 
