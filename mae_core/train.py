@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mae_core.augment import RawBatch
 from mae_core.checkpoint import TrainState
@@ -21,6 +20,7 @@ from mae_core.masking import STREAM_STEP, counter_bits
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr, step_unless
 from mae_core.pulse import Pulse
 from mae_core.settings import Settings
+from mae_core.sharding import clip_norm, own_parts, reduced, undivided
 from mae_core.speed import Speedometer
 from mae_core.stopping import Stopped, StopRequest
 from mae_core.watchdog import WatchdogSettings
@@ -151,14 +151,14 @@ def train(
         statistics.remember()
         losses = []
         for number, raw in enumerate(batches):
-            with _no_reduction(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
+            with reduced(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
                 loss = task.loss(model, raw, state.step / settings.steps)
             (loss.total / loss.nominal).backward()
             losses.append(loss)
         total, count, asked = parallel.sum(_own_sums(losses, around.stop))
         factor = losses[0].nominal * parallel.world / count.clamp(min=1)
-        torch._foreach_mul_([weight.grad for weight in state.model.parameters() if weight.grad is not None], factor)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), optim.clip_norm)
+        torch._foreach_mul_(own_parts(weight.grad for weight in state.model.parameters() if weight.grad is not None), factor)
+        norm = clip_norm(state.model.parameters(), optim.clip_norm)
         taken = Taken(state.step + 1, total / count.clamp(min=1), norm, asked, [(loss.tile, loss.per_sample) for loss in losses], batches)
         guard.take(taken)
         step_unless(taken.skipped, state.optimiser)
@@ -172,7 +172,7 @@ def train(
         if _due(state.step, settings.eval_steps, settings):
             around.pulse.beat(state.step, "evaluation")
             guard.settle()
-            with speed.paused(), _evaluating(model), autocast(settings.precision, parallel.device):
+            with speed.paused(), undivided(state.model), _evaluating(model), autocast(settings.precision, parallel.device):
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
         stop = guard.asked and state.step < settings.steps
         if around.checkpoints is not None and (stop or _due(state.step, settings.checkpoint_steps, settings)):
@@ -236,13 +236,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _due(step: int, every: int, settings: TrainSettings) -> bool:
     return step % every == 0 or step == settings.steps
-
-
-@contextmanager
-def _no_reduction(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Gradients travel between processes only with the last micro-batch."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
-        yield

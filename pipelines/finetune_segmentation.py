@@ -29,8 +29,9 @@ from mae_core.foreground import Foreground
 from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
-from mae_core.parallel import Parallel, processes
+from mae_core.parallel import Parallel, ParallelSettings, processes
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
+from mae_core.sharding import gathered, shard
 from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import TrainSettings, train
@@ -49,6 +50,7 @@ from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
 from pipelines.label_volume import log_sheets, write_sheet
 from pipelines.labelled import Colour, colours_of, fitting_crop, labelled_data, labelled_task, missing
+from pipelines.launch_words import tell_launch, voice
 from pipelines.lease import confirm
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
@@ -93,6 +95,7 @@ class FinetuneSettings(SeenSettings):
     loader: LoaderSettings = LoaderSettings(global_batch_size=16)
     optim: OptimSettings = OptimSettings(base_lr=8e-3, betas=(0.9, 0.999))
     train: TrainSettings = TrainSettings(steps=400, eval_steps=100)
+    parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
     crosswalk: CrosswalkPath = None
     take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
@@ -158,7 +161,7 @@ def work(settings: FinetuneSettings) -> int:
     settings = settings.model_copy(update={"crop": fitting_crop(settings, about, store)})
     config = recorded(settings, store.kind) | {"store_digest": store.digest, "encoder_weights": sha256(folder / WEIGHTS)}
     config |= {"split_digest": split_digest(store.index)}
-    with processes(settings.train.device) as parallel:
+    with processes(settings.train.device, settings.parallel) as parallel:
         claim = Claim("finetune_segmentation", config, MAY_DIFFER, settings.take_over)
         with claimed(settings.out, claim, parallel) as done:
             if done is None:
@@ -280,13 +283,16 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         known, voxels, cases = (recall(folder, name) for name in SCORES)
         return Scored({name: float(value) for name, value in known.items()}, voxels["voxels"], rows_from(cases["rows"]))
     model = new_segmenter(job, arm, seed)
+    shard(model, job.parallel)
     lr = learning_rate(settings.optim, settings.loader.global_batch_size)
     layers = partial(layer_number, depth=job.about.encoder.depth)
     state = TrainState(model, make_optimiser(model, settings.optim, lr, layers, settings.layer_decay))
-    restore(state, folder / "checkpoints", console.print)
+    say = voice(job.parallel)
+    restore(state, folder / "checkpoints", say)
     normaliser = replace(job.task.normaliser, seed=seed)
     task = replace(job.task, normaliser=normaliser)
     stream = Stream(job.store, job.rows, settings.loader, seed, job.parallel)
+    tell_launch(stream, settings.optim, say)
     with ExitStack() as stack:
         child = None
         if tracker is not None:
@@ -302,8 +308,9 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         encoder = model.encoder
         tokens = math.prod(encoder.layout(settings.crop).full_grid)
         shapes = [encoder.attention_shape(tokens)] if isinstance(encoder, Encoder) else []
-        with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, console.print), running.loop():
+        with checked_attention(shapes, settings.train.precision, task.batch_size, job.parallel, say), running.loop():
             train(task, state, stream, settings.train, settings.optim, running.surroundings, running.report)
+        model = gathered(model, lambda: new_segmenter(job, arm, seed))
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
         about = segmenter_description(job, arm, child.run_id if child is not None else "")
         judge = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel)

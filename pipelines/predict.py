@@ -18,7 +18,8 @@ from mae_core.bands import Matching
 from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
-from mae_core.parallel import DeviceError, processes
+from mae_core.launch import LaunchError
+from mae_core.parallel import DeviceError, RankError, processes
 from mae_core.settings import Settings
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
@@ -37,7 +38,7 @@ from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_p
 from pipelines.withheld import missing_paths
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as COG or NIfTI in the source's own geometry"
-EXPECTED = (ModelError, SceneError, TrackingError, RunError, DeviceError)
+EXPECTED = (ModelError, SceneError, TrackingError, RunError, DeviceError, LaunchError, RankError)
 
 BATCH_VOXELS = 1 << 18
 """Of the crops that are predicted at once, unless it is set: enough to be quick on a processor, little enough for its memory."""

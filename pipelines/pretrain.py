@@ -24,14 +24,16 @@ from mae_core.errors import channel_weights
 from mae_core.evaluate import Panel, Pretraining, fit_basis
 from mae_core.export import Description, ModelError, save_model
 from mae_core.flops import pretraining_work
+from mae_core.launch import LaunchError
 from mae_core.loader import LoaderError, LoaderSettings, Stream
 from mae_core.mae import MaskedAutoencoder, ModelSettings, attention_shapes
 from mae_core.masking import HidingSettings, RandomHiding, check_hiding
 from mae_core.native import channel_footprints, common_footprint
 from mae_core.nd import margins, per_axis, token_grid
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
-from mae_core.parallel import DeviceError, processes
+from mae_core.parallel import DeviceError, ParallelSettings, RankError, processes
 from mae_core.settings import Settings, to_plain
+from mae_core.sharding import gathered, shard
 from mae_core.store import StoreError, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
 from mae_core.train import TrainSettings, train
@@ -43,6 +45,7 @@ from pipelines.command_line import run as run_verb
 from pipelines.contamination import files_of, trained_on
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
+from pipelines.launch_words import tell_launch, voice
 from pipelines.lease import TAKEN, confirm
 from pipelines.pretrain_start import (
     Begun,
@@ -60,7 +63,7 @@ from pipelines.progress import console
 from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, write_json
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
-UNFIT = (LoaderError, DeviceError, AttentionError)
+UNFIT = (LoaderError, DeviceError, LaunchError, RankError, AttentionError)
 EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelError, RunError, *UNFIT, *TAKEN)
 MAY_DIFFER = (
     "tracking",
@@ -77,6 +80,7 @@ MAY_DIFFER = (
     "train.keep_checkpoints",
     "train.watchdog",
     "train.max_skipped_in_row",
+    "parallel",
 )
 
 
@@ -94,6 +98,7 @@ class PretrainRecipe(Settings):
     loader: LoaderSettings = LoaderSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
     take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
 
@@ -184,7 +189,7 @@ def pretrain(store: TileStore, out: Path, recipe: PretrainRecipe, verb: str = "p
     """
     recipe = resolved(recipe, store)
     config = to_plain(recipe) | {"store_digest": store.digest, "split_digest": split_digest(store.index)}
-    with processes(recipe.train.device) as parallel:
+    with processes(recipe.train.device, recipe.parallel) as parallel:
         stream = Stream(store, store.rows("train"), recipe.loader, recipe.train.seed, parallel)
         with claimed(out, Claim(verb, config, MAY_DIFFER, recipe.take_over), parallel) as done:
             if done is None:
@@ -199,14 +204,16 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
     torch.manual_seed(recipe.train.seed)
     model = MaskedAutoencoder(recipe.model, store.channels).to(parallel.device)
     lr = learning_rate(recipe.optim, recipe.loader.global_batch_size)
-    state = TrainState(model, make_optimiser(model, recipe.optim, lr))
-    say: Callable[[str], None] = console.print if parallel.is_first else _nothing
+    say = voice(parallel)
     begun = begun_from(recipe.init, store, recipe.tracking, out)
     transfer = None if begun is None else begun.fill(model.encoder, store, recipe.init.new_bands)
+    shard(model, parallel)
+    state = TrainState(model, make_optimiser(model, recipe.optim, lr))
     restore(state, out / "checkpoints", say)
     normaliser = make_normaliser(store, recipe.crop, recipe.train.seed, recipe.augment, begun)
     held_out = spread(store.rows("val"), recipe.train.eval_tiles)
-    tell_start(store, recipe, state, lr, len(stream.rows), held_out, say)
+    tell_start(store, recipe, state, len(stream.rows), held_out, say)
+    tell_launch(stream, recipe.optim, say)
     if transfer is not None and parallel.is_first and not state.step:
         tell_transfer(transfer, recipe.init.encoder)
     with ExitStack() as stack:
@@ -231,6 +238,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         shapes = attention_shapes(model, recipe.crop, recipe.hiding.mask_ratio)
         with checked_attention(shapes, recipe.train.precision, batch, parallel, say) as kernels, run.loop():
             train(task, state, stream, recipe.train, recipe.optim, run.surroundings, run.report)
+        model = gathered(model, lambda: MaskedAutoencoder(recipe.model, store.channels).to(parallel.device))
         if tracker is None:
             return {}
         confirm(out)
@@ -299,7 +307,6 @@ def tell_start(
     store: TileStore,
     recipe: PretrainRecipe,
     state: TrainState,
-    lr: float,
     tiles: int,
     held_out: NDArray[np.int64],
     say: Callable[[str], None],
@@ -313,8 +320,7 @@ def tell_start(
     say(
         f"[bold]{encoder.preset}[/] encoder, {weights:.2f} M weights with decoder; channels {', '.join(store.channels)}; "
         f"crop {'×'.join(map(str, recipe.crop))} in {each}{int(np.prod(grid))} tokens of {'×'.join(map(str, encoder.patch))}, "
-        f"{recipe.hiding.mask_ratio:.0%} hidden; {tiles} training and {len(held_out)} held-out tiles; "
-        f"lr {lr:.2e} = {recipe.optim.base_lr:g} · {recipe.loader.global_batch_size} / 256"
+        f"{recipe.hiding.mask_ratio:.0%} hidden; {tiles} training and {len(held_out)} held-out tiles"
     )
     if not len(held_out):
         say("[yellow]no held-out tiles[/]: skill cannot be told; prepare with prepare.split.val_fraction above 0")
@@ -386,10 +392,6 @@ def _log_panels(tracker: Tracker | None, out: Path, step: int, panels: Sequence[
 def _told_metrics(tracker: Tracker) -> dict[str, float]:
     """Last values of a run that was killed between its last step and its end."""
     return {key: value for key, value in tracker.client.get_run(tracker.run_id).data.metrics.items() if not key.startswith("system/")}
-
-
-def _nothing(_: object) -> None:
-    """Say nothing: this is not the first process."""
 
 
 def work(settings: PretrainSettings) -> int:

@@ -21,9 +21,10 @@ from mae_core.checkpoint import CheckpointError, restore_weights, sha256
 from mae_core.evaluate import EVALUATION_SEED
 from mae_core.export import WEIGHTS, Description, ModelError, load_description
 from mae_core.labelling import Source
+from mae_core.launch import LaunchError
 from mae_core.mae import MaskedAutoencoder
 from mae_core.masking import AnyHiding, at_progress
-from mae_core.parallel import DeviceError, processes
+from mae_core.parallel import DeviceError, RankError, processes
 from mae_core.reconstruction import Reconstruction, Reconstructor
 from mae_core.settings import Settings, to_plain
 from mae_core.targets import HogTarget
@@ -44,7 +45,7 @@ from pipelines.withheld import kind_of, missing_paths
 DESCRIPTION = (
     "a pretraining run and images become rasters of what is there, what was shown and what was predicted, in the images' own units"
 )
-EXPECTED = (ModelError, SceneError, CheckpointError, RunError, DeviceError)
+EXPECTED = (ModelError, SceneError, CheckpointError, RunError, DeviceError, LaunchError, RankError)
 PARTS = ("input", "shown", "predicted")
 STRIP = 2048
 """Columns that are at work at once, rounded up to whole crops and tiles of the written file."""

@@ -22,10 +22,10 @@ PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors artefacts foreground augment attention native vit "
-    "sparse_conv encoders stopping pulse watchdog file_systems",
+    "sparse_conv encoders stopping pulse watchdog file_systems launch",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
-    "store_check loader optim parallel checkpoint checkpoint_writer divergence export weights band_transfer published monai_export "
-    "bootstrap case_metrics",
+    "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence export weights band_transfer published "
+    "monai_export bootstrap case_metrics",
     "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "
     "case_sheet finetune",
 }

@@ -229,7 +229,7 @@ def test_on_other_processes_a_finished_run_is_told_by_the_first_only(
             return True
 
     @contextmanager
-    def second(_: str) -> Iterator[Parallel]:
+    def second(_: str, __: object) -> Iterator[Parallel]:
         yield Second(1, 2, torch.device("cpu"))
 
     monkeypatch.setattr(verb, "processes", second)
