@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ class Speedometer:
         self.flops_per_second = flops_per_second
         self.start()
 
-    def start(self) -> None:
-        """Time counts from here."""
+    def start(self) -> Self:
+        """This; time counts from here."""
         self.waited, self.samples, self.began = 0.0, 0, perf_counter()
+        return self
 
     def add(self, samples: int, waited: float) -> None:
         """Count the samples of an update, of all processes, and the seconds that this one waited for its share."""

@@ -142,8 +142,7 @@ def train(
         state.model.compile(fullgraph=settings.compile == "whole", dynamic=False)
     model = parallel.wrap(state.model).train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
-    guard, statistics, speed = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), around.speed
-    speed.start()
+    guard, statistics, speed = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), around.speed.start()
     for batches, waited in stream.steps(state.step, settings.steps):
         around.pulse.beat(state.step, "step")
         torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
