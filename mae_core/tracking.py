@@ -1,25 +1,34 @@
-"""MLflow: one run per job, written by rank 0 only, and the model registry. The home of mlflow."""
+"""One MLflow run per job over all its attempts, written by rank 0 only: what is told goes into a spool, and from there to MLflow."""
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import hashlib
-import io
-import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_serializer
 
-from mae_core.export import Description
-from mae_core.settings import Settings, flatten
+from mae_core.checkpoint import sha256
+from mae_core.delivery import Delivery, connect, redacted
+from mae_core.export import WEIGHTS, Description
+from mae_core.publisher import Publisher, UnusableError
+from mae_core.settings import flatten
+from mae_core.spool import FOLDER, Known, Spool, new_key, new_spool, progress_of, spools_in
+from mae_core.stopping import Stopped
+from mae_core.system_metrics import Sampler
+from mae_core.tracking_store import OFFLINE, Registered, TrackingError, TrackingSettings, artifact_folder, fetch_model, tracking_uri
+
+__all__ = ["Registered", "Tracker", "TrackingError", "TrackingSettings", "artifact_folder", "fetch_model", "redacted", "tracking_uri"]
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,330 +38,324 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-PARAMS_PER_CALL, METRIC_INTERVAL_S = 100, 10
-
-
-class TrackingSettings(Settings):
-    """Where runs and models are recorded."""
-
-    uri: str | None = Field(None, description="MLflow tracking URI (default: MLFLOW_TRACKING_URI, else sqlite beside the run)")
-    experiment: str = Field("terravox", min_length=1, description="MLflow experiment")
-    log_images: bool | None = Field(
-        None,
-        description="Draw and log pictures (reconstructions, the sheet of a store, sheets of cases where these are asked for); null: of "
-        "images, and not of patients, since a face can be rebuilt from a scan of a head",
-    )
-    system_metrics: bool = Field(True, description="Log processor, memory and GPU use")
-    register_as: str | None = Field(None, description="Name in the model registry (default: terravox-MODALITY-KIND)")
-
-    @field_serializer("uri", when_used="json")
-    def _without_password(self, uri: str | None) -> str | None:
-        """What is stored with a run never holds a password."""
-        return None if uri is None else redacted(uri)
-
-
-class TrackingError(RuntimeError):
-    """The tracker or the registry cannot be used as asked."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A version in the registry."""
-
-    name: str
-    version: int
-    model_id: str
-
-    @property
-    def uri(self) -> str:
-        """URI of exactly this version."""
-        return f"models:/{self.name}/{self.version}"
-
-
-def tracking_uri(settings: TrackingSettings, out: Path) -> str:
-    """The settings' URI, else the environment's, else `sqlite:///…/mlflow.db` in the folder that holds the run."""
-    given = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or f"sqlite:///{out.resolve().parent / 'mlflow.db'}"
-    if "://" not in uri and not uri.startswith("sqlite:"):
-        raise TrackingError(
-            f"tracking.uri={uri}: a bare folder is no longer a tracking store; use sqlite:///PATH/mlflow.db or an http address"
-        )
-    return uri
-
-
-def artifact_folder(settings: TrackingSettings, out: Path) -> Path | None:
-    """The folder of this machine that the artifacts of a new experiment go to; None where a server keeps them."""
-    uri = tracking_uri(settings, out)
-    return Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+START_WAIT_S, STOP_WAIT_S, QUIET_WAIT_S = 20.0, 10.0, 3.0
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
 class Tracker:
     """One MLflow run. Every metric carries its step; a resumed job goes on in the run it began.
 
+    What it is told goes into a spool in the run's folder, from where a thread tells it to MLflow whenever that can be reached: no method
+    waits for a server or fails with it, but for the start, which waits some seconds, and the end, which waits up to `tracking.wait_s`.
+
     Args:
         settings: Where, and what.
         out: Folder of the run.
         of_patients: Whether a picture can show a patient, so that there is none unless it is asked for.
+        folder: Where the spool goes (default: `tracking` in `out`).
+        say: Told when tracking is lost, when it is back and what is left.
 
     Raises:
-        TrackingError: The tracking store cannot be used.
+        TrackingError: The address is none.
     """
 
-    def __init__(self, settings: TrackingSettings, out: Path, *, of_patients: bool = True) -> None:
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
+    def __init__(
+        self,
+        settings: TrackingSettings,
+        out: Path,
+        *,
+        of_patients: bool = True,
+        folder: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.settings = settings
         self.images = not of_patients if settings.log_images is None else settings.log_images
         self.uri = tracking_uri(settings, out)
-        self.run_id = ""
-        self._told: dict[str, int] = {}
+        self.folder = folder or out / FOLDER
+        self._default = settings.uri is None and not os.environ.get("MLFLOW_TRACKING_URI")
+        self._say = say
+        self._known = Known()
+        self._gated = False
+        self._spool: Spool | None = None
+        self._publisher: Publisher | None = None
+        self._children: list[Publisher] = []
+        self._told_full = False
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; as long as MLflow has not made it, the key of the spool, which the run will carry as a tag."""
+        if self._spool is None:
+            return ""
+        progress = progress_of(self._spool) if self._publisher is None else self._publisher.progress
+        return progress.run_id or self._known.key
+
+    @property
+    def client(self) -> MlflowClient:
+        """For looking at what was recorded.
+
+        Raises:
+            TrackingError: The tracking store cannot be used.
+        """
         try:
-            self.client = _client(self.uri)
-            self._experiment = _experiment(self.client, self.uri, settings.experiment)
-        except (MlflowException, SQLAlchemyError) as error:
-            raise TrackingError(f"tracking.uri={redacted(self.uri)} cannot be used: {_reason(error, self.uri)}") from error
+            return connect(self.uri)
+        except UnusableError as error:
+            raise TrackingError(str(error)) from error
 
     @contextmanager
-    def run(self, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[Tracker]:
-        """The run, new or gone on with: FINISHED at the end, KILLED when interrupted, FAILED on any other exception.
+    def run(
+        self, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str], *, step: int | None = None
+    ) -> Iterator[Tracker]:
+        """The run, new or gone on with: FINISHED at the end, KILLED when stopped or interrupted, FAILED on any other exception.
 
         Inside another tracker's run it is a child of that run.
 
-        Raises:
-            TrackingError: `run_id` is given and this tracking store does not know it.
-        """
-        import mlflow
-        from mlflow.exceptions import MlflowException
+        Args:
+            name: Of a new run.
+            run_id: That `run_id` gave in an attempt before; None for a new run, or one that was killed before it could be noted.
+            config: Settings.
+            tags: Of the run, `source` among them.
+            step: Step of the checkpoint that is gone on from, 0 where there is none; None for a run that writes no checkpoints.
+                With a step, metrics and pictures are published when a checkpoint covers them.
 
-        _use(self.uri)
-        mlflow.set_system_metrics_sampling_interval(METRIC_INTERVAL_S)
-        hidden = {"mlflow.user": _pseudonym(), "mlflow.source.name": tags["source"]}
+        Raises:
+            TrackingError: `run_id` is given and this tracking store does not know it, or the store cannot be used.
+        """
+        parent = _running.get()
+        self._begin(parent, name, run_id, config, tags, step)
+        token = _running.set(self)
         try:
-            started = mlflow.start_run(
-                run_id=run_id,
-                experiment_id=None if run_id else self._experiment,
-                run_name=None if run_id else name,
-                nested=mlflow.active_run() is not None,
-                tags={**tags, **hidden},
-                log_system_metrics=self.settings.system_metrics and mlflow.active_run() is None,
-            )
-        except MlflowException as error:
-            if run_id is None:
-                raise TrackingError(f"no run can be begun in {redacted(self.uri)}: {_reason(error, self.uri)}") from error
-            raise TrackingError(
-                f"run {run_id} of the checkpoint cannot be continued in {redacted(self.uri)}: {_reason(error, self.uri)}; "
-                "set tracking.uri to where it was begun"
-            ) from error
-        self.run_id = started.info.run_id
-        if run_id is None:
-            self._log_config(config)
-        else:
-            self._told = self._last_steps(started.data.metrics)
-        try:
-            yield self
-        except KeyboardInterrupt:
-            mlflow.end_run("KILLED")
+            with ExitStack() as stack:
+                if self.settings.system_metrics and parent is None:
+                    first = max((at for key, at in self._known.steps.items() if key.startswith("system/")), default=-1) + 1
+                    stack.enter_context(Sampler(self._sample, first))
+                yield self
+        except (Stopped, KeyboardInterrupt):
+            self._end(parent, "KILLED", {}, STOP_WAIT_S)
             raise
         except BaseException as error:
-            self.client.set_tag(self.run_id, "failure", type(error).__name__)
-            mlflow.end_run("FAILED")
+            at = max((at for key, at in self._known.steps.items() if not key.startswith("system/")), default=0)
+            self._end(parent, "FAILED", {"failure": type(error).__name__, "failure_step": str(at)}, self.settings.wait_s)
             raise
-        mlflow.end_run("FINISHED")
+        finally:
+            _running.reset(token)
+        self._end(parent, "FINISHED", {}, self.settings.wait_s)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at a step, in one call; what the run was told before it was killed is not told again."""
-        import mlflow
-
-        new = {key: float(value) for key, value in values.items() if step > self._told.get(key, -1)}
+        """Tell values at a step; what the run was told before it was killed is not told again."""
+        new = {key: float(value) for key, value in values.items() if step > self._known.steps.get(key, -1)}
         if new:
-            mlflow.log_metrics(new, step=step, run_id=self.run_id, synchronous=True)
+            self._append("metrics", values=new, step=step, gated=self._gated)
+            self._known.steps |= dict.fromkeys(new, step)
+            self._known.values |= new
 
     def covered(self, step: int) -> None:
-        """A checkpoint of this step is on disk for good."""
+        """A checkpoint of this step is on disk for good: what was told up to it may be published. Called from any thread."""
+        if self._gated:
+            self._append("covered", step=step, durable=True)
 
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
-        """Log a picture at a step, if pictures are wanted."""
-        if self.images and not self._has_image(key, step):
-            self.client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
+        """Tell a picture at a step, if pictures are wanted."""
+        if not self.images or (key, step) in self._known.pictures:
+            return
+        self._known.pictures.add((key, step))
+        self._keep(f"{new_key()}.npz", partial(np.savez_compressed, picture=picture), "image", key=key, step=step, gated=self._gated)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file."""
-        self.client.log_artifact(self.run_id, str(path), folder)
+        """Tell a file, as it is now."""
+        self._keep(f"{new_key()}/{path.name}", partial(shutil.copyfile, path), "artifact", folder=folder)
 
     def table(self, file: str, columns: Mapping[str, Sequence[str]]) -> None:
-        """Log a table as a JSON artifact of columns and rows, laid out as MLflow's own tables are."""
+        """Tell a table as a JSON artifact of columns and rows, laid out as MLflow's own tables are."""
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, file)
+        self._append("table", file=file, content={"columns": list(columns), "data": rows})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
-        for key, value in values.items():
-            self.client.set_tag(self.run_id, key, value)
+        if values:
+            self._append("tags", values=dict(values))
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, str]) -> None:
-        """Log a tile store as the run's input by name and digest; no path is told."""
-        import mlflow
-        from mlflow.data.code_dataset_source import CodeDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-
-        source = CodeDatasetSource(tags={"terravox.store_digest": digest, **facts})
-        mlflow.log_input(MetaDataset(source, name=name, digest=digest[:36]), context=context)
+        """Tell a tile store as the run's input by name and digest; no path is told."""
+        self._append("dataset", name=name, digest=digest, context=context, facts=dict(facts))
 
     def used_model(self, version: Registered) -> None:
         """Record a registered version as an input of the run."""
-        from mlflow.entities import LoggedModelInput
+        self._append("used_model", uri=version.uri, model_id=version.model_id)
 
-        if version.model_id:
-            self.client.log_inputs(self.run_id, models=[LoggedModelInput(model_id=version.model_id)])
-        self.tags({"parent.model_version": version.uri})
+    def register(self, folder: Path, description: Description, parent: Registered | None) -> Registered | None:
+        """Have a model folder logged as a pyfunc model, registered, and the alias `candidate` moved to the new version.
 
-    def register(self, folder: Path, description: Description, parent: Registered | None) -> Registered:
-        """Log a model folder as a pyfunc model, register it and move the alias `candidate` to the new version.
-
-        The logged model holds the folder, a short script that serves it and a copy of this package; no pickle.
+        The version, when the tracking store has made it within `tracking.wait_s`; None where that is left to `terravox sync`.
         """
-        import mlflow
-        import torch
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-
+        assert self._spool is not None
         name = self.settings.register_as or f"terravox-{description.modality}-{description.kind}"
-        shape = (-1, len(description.channels), *(-1 for _ in description.crop))
-        out = (
-            TensorSpec(np.dtype(np.int64), (-1, *shape[2:]))
-            if description.kind == "segmenter"
-            else TensorSpec(np.dtype(np.float32), (-1, -1, -1))
+        digest = sha256(folder / WEIGHTS)
+        if (name, digest) not in self._known.models:
+            self._known.models[name, digest] = self._append(
+                "register",
+                key=self._known.key,
+                name=name,
+                model_kind=description.kind,
+                digest=digest,
+                folder=os.path.relpath(folder.resolve(), self._spool.base.resolve()),
+                parent=None if parent is None else {"uri": parent.uri, "model_id": parent.model_id},
+            )
+        self._drain(self.settings.wait_s)
+        return self.registered
+
+    @property
+    def registered(self) -> Registered | None:
+        """The version that the registry has made of the last model that was handed over; None where there is none yet."""
+        return None if self._spool is None else registered_of(self._spool)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something that was told, by this run or a part of it, has not reached the tracking store."""
+        return self._spool is not None and any(
+            progress_of(spool).offset < spool.size() for spool in (self._spool, *(part.spool for part in self._children))
         )
-        package = Path(__file__).parent
-        use = {"intended_use": description.intended_use} if description.intended_use else {}
-        _use(self.uri)
-        info = mlflow.pyfunc.log_model(
-            name=description.kind,
-            python_model=str(package / "served_model.py"),
-            artifacts={"model": str(folder)},
-            signature=ModelSignature(Schema([TensorSpec(np.dtype(np.float32), shape)]), Schema([out])),
-            input_example=np.zeros((1, len(description.channels), *description.crop), dtype=np.float32),
-            pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "numpy", "pydantic", "jaxtyping", "safetensors", "monai"],
-            code_paths=[str(package)],
-            metadata={"channels": list(description.channels), "units": "normalised: (physical - mean) / std", **description.lineage},
-            tags={"kind": description.kind, "modality": description.modality, **use},
-        )
-        with redirect_stderr(io.StringIO()):  # MLflow prints here past its loggers; what fails is raised
-            version = mlflow.register_model(info.model_uri, name)
-        done = Registered(name, int(version.version), str(info.model_id))
-        self.client.set_registered_model_alias(name, "candidate", str(done.version))
-        if description.intended_use:
-            self.client.update_registered_model(name, description.intended_use)
-        for key, value in (description.lineage | use).items():
-            self.client.set_model_version_tag(name, str(done.version), key, value)
-        if parent is not None:
-            self.used_model(parent)
-        return done
 
-    def _last_steps(self, keys: Iterable[str]) -> dict[str, int]:
-        """Last step of each metric that is logged by step; MLflow counts the system's by itself."""
-        own = [key for key in keys if not key.startswith("system/")]
-        return {key: max(point.step for point in self.client.get_metric_history(self.run_id, key)) for key in own}
+    def facts(self) -> dict[str, Any]:
+        """Where the run and its model are recorded, for `result.json`; `pending` where `terravox sync` is to finish that."""
+        assert self._spool is not None
+        return facts_of(self._spool, self.uri) | ({"pending": True} if self.pending else {})
 
-    def _has_image(self, key: str, step: int) -> bool:
-        """Whether the run got this picture before it was killed."""
-        start = f"images/{key.replace('/', '~')}+step+{step}+"
-        return bool(self._told) and any(item.path.startswith(start) for item in self.client.list_artifacts(self.run_id, "images"))
+    def told_metrics(self) -> dict[str, float]:
+        """Last value of every metric that was told by step, in this attempt or before."""
+        return {key: value for key, value in self._known.values.items() if not key.startswith("system/")}
 
-    def _log_config(self, config: Mapping[str, Any]) -> None:
-        flat = {key: str(value)[:6000] for key, value in flatten(config).items()}
-        items = list(flat.items())
-        import mlflow
+    def _begin(
+        self, parent: Tracker | None, name: str, run_id: str | None, config: Mapping[str, Any], tags: Mapping[str, str], step: int | None
+    ) -> None:
+        params = {key: str(value)[:6000] for key, value in flatten(config).items()}
+        spool, known = self._find(name, run_id, params)
+        is_new = not known.key
+        if is_new:
+            known.key = new_key()
+            hidden = {"mlflow.user": _pseudonym(), "mlflow.source.name": tags["source"], "mlflow.source.type": "LOCAL", **_commit()}
+            spool.append(
+                "begin",
+                key=known.key,
+                name=name,
+                experiment=self.settings.experiment,
+                uri=None if self._default else redacted(self.uri),
+                run_id=run_id,
+                parent=None if parent is None or parent._spool is None else os.path.relpath(parent._spool.folder, spool.base),  # noqa: SLF001
+                params={} if run_id else params,
+                tags={**tags, **hidden},
+            )
+        number = known.attempts + 1
+        from_step = 0 if step is None else step
+        facts = {"attempt": str(number), **({} if step is None else {"resumed_from_step": str(step)})}
+        job = next((f"{key.partition('_')[0].lower()} {os.environ[key]}" for key in JOBS if os.environ.get(key)), "")
+        about = ", ".join(part for part in (f"from step {from_step}" if step is not None else "", job) if part)
+        facts |= ({"job": job} if job else {}) | {f"attempt.{number}": about or "begun"}
+        end = spool.append("attempt", durable=True, number=number, from_step=from_step, tags={**tags, **facts})
+        self._spool, self._known, self._gated = spool, spool.known(), step is not None
+        if self.uri == OFFLINE:
+            return
+        self._publisher = Publisher(spool, partial(Delivery, self.uri, spool), self._say)
+        self._publisher.start()
+        if parent is None or parent._publisher is None or not parent._publisher.lost:  # noqa: SLF001
+            try:
+                self._publisher.begun(end, START_WAIT_S)
+            except UnusableError as error:
+                spool.close()
+                if is_new:
+                    shutil.rmtree(spool.folder, ignore_errors=True)
+                raise TrackingError(str(error)) from error
 
-        for start in range(0, len(items), PARAMS_PER_CALL):
-            mlflow.log_params(dict(items[start : start + PARAMS_PER_CALL]))
+    def _find(self, name: str, run_id: str | None, params: Mapping[str, str]) -> tuple[Spool, Known]:
+        """The spool of the run that is gone on with, ready to be added to, or a new one."""
+        for spool in reversed(spools_in(self.folder)):
+            known = spool.known()
+            same = (known.key, progress_of(spool).run_id).count(run_id) if run_id else (known.name, known.params) == (name, params)
+            if same and (run_id or known.status != "FINISHED"):
+                return spool, spool.open()
+        spool = new_spool(self.folder)
+        return spool, spool.open()
 
-
-def fetch_model(uri: str, settings: TrackingSettings, out: Path) -> tuple[Path, Registered]:
-    """Model folder of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, fetched from the registry, and which version it is.
-
-    Raises:
-        TrackingError: The registry does not know it.
-    """
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    store = tracking_uri(settings, out)
-    client = _client(store)
-    _use(store)
-    name, _, alias = uri.removeprefix("models:/").partition("@")
-    try:
-        if alias:
-            found = client.get_model_version_by_alias(name, alias)
-        else:
-            name, _, version = name.partition("/")
-            found = client.get_model_version(name, version)
-        folder = Path(download_artifacts(f"models:/{name}/{found.version}", tracking_uri=store))
-    except MlflowException as error:
-        raise TrackingError(
-            f"{uri} is not in the registry at {redacted(store)}: {_reason(error, store)}; see what is there with the MLflow UI"
-        ) from error
-    model_id = str(found.model_id or found.source.rpartition("/")[2])
-    return folder / "artifacts" / "model", Registered(name, int(found.version), model_id)
-
-
-def redacted(uri: str) -> str:
-    """A URI without user and password."""
-    head, _, tail = uri.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{tail}" if head else uri
-
-
-def _use(uri: str) -> None:
-    """Make `mlflow.log_…` write to a tracking store; the environment, by which MLflow would tell it to the next job, stays as it is."""
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    if before is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    else:
-        os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-def _reason(error: Exception, uri: str) -> str:
-    """What MLflow says, on one line and without user and password."""
-    return " ".join(str(error).split()).replace(uri.rstrip("/"), redacted(uri.rstrip("/")))
-
-
-def _client(uri: str) -> MlflowClient:
-    """A client; the schema of a new database is made under a lock, once, before anyone else opens it."""
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not uri.startswith("sqlite:///"):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
-    return client
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment's id; a new one of a local database keeps its artifacts beside the database."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        place = None
-        if uri.startswith("sqlite:///"):
-            place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    def _append(self, kind: str, **content: Any) -> int:
+        """Add a line, the number of bytes behind it; an error of the disk ends no training, it is told once."""
+        assert self._spool is not None
         try:
-            return str(client.create_experiment(name, artifact_location=place))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return str(found.experiment_id)
+            end = self._spool.append(kind, **content)
+        except OSError as error:
+            self._lose(error)
+            return 0
+        if self._publisher is not None:
+            self._publisher.wake()
+        return end
+
+    def _keep(self, name: str, write: Callable[[Path], object], kind: str, **content: Any) -> None:
+        """Write a file beside the spool and add a line that names it."""
+        assert self._spool is not None
+        path = self._spool.folder / "files" / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            self._lose(error)
+            path.unlink(missing_ok=True)
+            return
+        self._append(kind, file=str(path.relative_to(self._spool.base)), **content)
+
+    def _lose(self, error: OSError) -> None:
+        if not self._told_full:
+            self._say(f"[yellow]what is to be tracked cannot be written down[/] ({error.strerror}); it is lost until that is mended")
+        self._told_full = True
+
+    def _sample(self, values: dict[str, float], step: int) -> None:
+        self._append("metrics", values=values, step=step)
+
+    def _drain(self, limit_s: float) -> bool:
+        """Wait until all is published, told on the console if it takes long."""
+        if self._publisher is None:
+            return False
+        quick = min(limit_s, QUIET_WAIT_S)
+        if self._publisher.drain(quick):
+            return True
+        if self._publisher.lost or quick == limit_s:
+            return self._publisher.drain(limit_s - quick)
+        self._say(f"the tracking store is slow; it is given up to {limit_s:.0f} s")
+        return self._publisher.drain(limit_s - quick)
+
+    def _end(self, parent: Tracker | None, status: str, tags: Mapping[str, str], limit_s: float) -> None:
+        """Tell how it ended, and wait for what is not published; a part leaves that to the whole."""
+        assert self._spool is not None
+        self._append("end", status=status, tags=dict(tags), durable=True)
+        self._spool.close()
+        if self._publisher is None:
+            return
+        if parent is not None:
+            parent._children += [*self._children, self._publisher]  # noqa: SLF001
+            return
+        until = time.monotonic() + limit_s
+        self._drain(limit_s)
+        for publisher in self._children:
+            publisher.drain(max(0.0, until - time.monotonic()))
+        for publisher in (self._publisher, *self._children):
+            publisher.stop()
+
+
+def facts_of(spool: Spool, uri: str) -> dict[str, Any]:
+    """Where a run and its model are recorded in a store; the run's id is the spool's key as long as the store has not made it."""
+    progress = progress_of(spool)
+    version = registered_of(spool)
+    facts: dict[str, Any] = {"uri": redacted(uri), "run_id": progress.run_id or spool.known().key}
+    if version is not None:
+        facts |= {"model": version.uri, "model_id": version.model_id, "alias": f"models:/{version.name}@candidate"}
+    return facts | ({"refused": progress.refused} if progress.refused else {})
+
+
+def registered_of(spool: Spool) -> Registered | None:
+    """The version that the registry has made of the last model of a spool; None where there is none yet."""
+    notes = progress_of(spool).models
+    last = notes[max(notes, key=int)] if notes else {}
+    return Registered(last["name"], int(last["version"]), last["model_id"]) if "version" in last else None
+
+
+_running: ContextVar[Tracker | None] = ContextVar("running", default=None)
 
 
 def _pseudonym() -> str:
@@ -362,3 +365,15 @@ def _pseudonym() -> str:
     except (KeyError, OSError):  # a container's user need not have a name
         user = str(os.getuid())
     return "user-" + hashlib.blake2b(user.encode(), digest_size=4).hexdigest()
+
+
+def _commit() -> dict[str, str]:
+    """Tag of the commit of our code; none where it is no checkout or there is no git."""
+    package = Path(__file__).resolve().parents[1]
+    if not (package / ".git").exists():
+        return {}
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=package, capture_output=True, text=True, check=False)  # noqa: S607
+    except OSError:
+        return {}
+    return {"mlflow.source.git.commit": found.stdout.strip()} if found.returncode == 0 else {}

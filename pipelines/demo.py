@@ -17,9 +17,9 @@ from modalities.samples import TISSUES, write_mri_sample, write_satellite_sample
 from modalities.scene import SceneError
 from pipelines import finetune_segmentation, predict, pretrain_mri, pretrain_sentinel
 from pipelines.command_line import run
-from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
 from pipelines.run_folder import RunError, recall, write_json
+from pipelines.tracked import ui_command
 
 DESCRIPTION = "the whole chain on small real samples, or on your own files, in a few minutes on two cores"
 QUICK = ("train.log_steps=5", "train.checkpoint_steps=100", "tracking.experiment=terravox-demo")
@@ -75,6 +75,11 @@ def work(settings: DemoSettings) -> int:
     return 0
 
 
+def _name(run: Path) -> str:
+    """What the next verb is given: the alias of the registered model, or the run's folder where it is not registered yet."""
+    return str(recall(run)["mlflow"].get("alias", run))
+
+
 def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: Sequence[str], seeds: Sequence[int]) -> dict[str, str]:
     """Pretrain, and with labels fine-tune and predict; what was made."""
     encoder = out / f"{modality}-encoder"
@@ -82,16 +87,16 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
     verb = pretrain_mri.main if modality == "mri" else pretrain_sentinel.main
     _run(verb, ["--data", str(images), "--out", str(encoder), *split, *own, *QUICK])
     found = recall(encoder)
-    done = {f"{modality} encoder": f"{found['mlflow']['alias']}, held-out skill {found['figures'].get('val/skill', float('nan')):+.3f}"}
+    done = {f"{modality} encoder": f"{_name(encoder)}, held-out skill {found['figures'].get('val/skill', float('nan')):+.3f}"}
     if labels is None:
         return done
     segmenter = out / f"{modality}-segmenter"
     names = f"class_names=[{','.join(TISSUES)}]" if split else "class_names=[]"
-    arguments = ["--encoder", found["mlflow"]["alias"], "--data", str(images), "--labels", str(labels), "--out", str(segmenter)]
+    arguments = ["--encoder", _name(encoder), "--data", str(images), "--labels", str(labels), "--out", str(segmenter)]
     _run(finetune_segmentation.main, [*arguments, names, f"seeds={list(seeds)}", *split, *SEGMENT, *QUICK])
     held_out = recall(segmenter)["figures"]["held_out"]
     dice = ", ".join(f"{arm} {scores['mean_dice']:.3f}" for arm, scores in held_out.items())
-    done[f"{modality} segmenter"] = f"{recall(segmenter)['mlflow']['alias']}, held-out mean Dice {dice}"
+    done[f"{modality} segmenter"] = f"{_name(segmenter)}, held-out mean Dice {dice}"
     first = _first(images, modality)
     name = "first" if of_patients(modality) and not split else first.name.split(".")[0]
     place = out / f"{name}_labels{ENDINGS[modality]}"
@@ -99,7 +104,7 @@ def _chain(out: Path, modality: str, images: Path, labels: Path | None, split: S
         predict.main,
         [
             "--model",
-            recall(segmenter)["mlflow"]["alias"],
+            _name(segmenter),
             "--data",
             str(first),
             "--out",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipelines.case_report import tell_cases
-from pipelines.pretrain import ui_command
 from pipelines.progress import console, mean_and_deviation, table
+from pipelines.tracked import tell_tracked
 
 
-def tell(result: dict[str, Any]) -> None:
+def tell(result: dict[str, Any], out: Path) -> None:
     """Print the table of both arms and what it means."""
     figures = result["figures"]
     arms, seeds, scores = figures["arms"], figures["seeds"], figures["held_out"]
@@ -35,8 +36,7 @@ def tell(result: dict[str, Any]) -> None:
         console.print(
             f"pretrained − scratch, mean Dice: {mean_and_deviation(gains, sign='+')}; with {len(seeds)} seeds this is a hint, not a proof."
         )
-    console.print(f"registered as {result['mlflow']['model']} ({result['mlflow']['alias']}), from encoder {result['mlflow']['encoder']}")
-    console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
+    tell_tracked(result["mlflow"], out)
 
 
 def tell_confusion(figures: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ from pipelines.lease import confirm
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.pretrain import EXPECTED as PRETRAIN_EXPECTED
 from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
-from pipelines.pretrain import spread, told
+from pipelines.pretrain import spread
 from pipelines.progress import console
 from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, model_folder, model_problems, public, recall, recorded, write_json
 
@@ -173,7 +173,7 @@ def work(settings: FinetuneSettings) -> int:
                 if parallel.is_first:
                     console.print(f"run {settings.out} is finished; its result is told again")
     if result:
-        tell(result)
+        tell(result, settings.out)
     return 0
 
 
@@ -215,7 +215,7 @@ def _compare(job: Job) -> dict[str, Any]:
         if job.parallel.is_first:
             known = recall(out, RUN).get("run_id")
             tracker = stack.enter_context(
-                Tracker(settings.tracking, out).run(
+                Tracker(settings.tracking, out, say=console.print).run(
                     out.name,
                     known,
                     public(settings, job.store.kind) | {"store_digest": job.store.digest},
@@ -235,6 +235,7 @@ def _compare(job: Job) -> dict[str, Any]:
             tracker.metrics({f"held_out/{arm}/{name}": mean(part[name] for part in own if name in part) for name in own[0]}, 0)
         cases = _cases(job, {key: part.rows for key, part in found.items()}, tracker)
         facts = _register(job, arms[0], tracker)
+    facts["mlflow"] = {**tracker.facts(), "encoder": job.parent.uri if job.parent and arms[0] == "pretrained" else None}
     summary: dict[str, Any] = {
         "arms": arms,
         "seeds": list(settings.seeds),
@@ -298,8 +299,8 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         if tracker is not None:
             tags = {"source": "pipelines/finetune_segmentation.py", "arm": arm, "seed": str(seed)}
             child = stack.enter_context(
-                Tracker(settings.tracking, settings.out).run(
-                    f"{settings.out.name}-{arm}-{seed}", state.run_id, {"init": arm, "seed": seed}, tags
+                Tracker(settings.tracking, settings.out, folder=folder / "tracking", say=console.print).run(
+                    f"{settings.out.name}-{arm}-{seed}", state.run_id, {"init": arm, "seed": seed}, tags, step=state.step
                 )
             )
             state.run_id = child.run_id
@@ -392,7 +393,7 @@ def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(job.settings.out / f"{arm}-seed{job.settings.seeds[0]}" / "model", folder)
     parent = job.parent if arm == "pretrained" else None
-    registered = tracker.register(folder, load_description(folder, "segmenter"), parent)
+    tracker.register(folder, load_description(folder, "segmenter"), parent)
     return {
         "digests": {
             "store": job.store.digest,
@@ -400,7 +401,6 @@ def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
             "weights": sha256(folder / WEIGHTS),
             "encoder": job.config["encoder_weights"],
         },
-        "mlflow": {**told(tracker, registered), "encoder": parent.uri if parent else None},
     }
 
 

@@ -21,6 +21,7 @@ from mae_core.labelling import Labeller
 from mae_core.launch import LaunchError
 from mae_core.parallel import DeviceError, RankError, processes
 from mae_core.settings import Settings
+from mae_core.spool import FOLDER
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.catalogue import Catalogue, scan
 from modalities.cog import UNFINISHED, little_cache
@@ -35,6 +36,7 @@ from pipelines.label_volume import log_sheet
 from pipelines.prepare import VOLUMES, tell_catalogue
 from pipelines.progress import console, counting
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of, recorded
+from pipelines.tracked import tell_pending
 from pipelines.withheld import missing_paths
 
 DESCRIPTION = "a segmenter labels files; class numbers go back as COG or NIfTI in the source's own geometry"
@@ -83,9 +85,10 @@ def work(settings: PredictSettings) -> int:
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     places = targets(catalogue, settings)
     make_folders(places, settings.out)
+    spool = spool_folder(settings.out, places)
     with (
         processes(settings.device) as parallel,
-        Tracker(settings.tracking, settings.out).run(
+        Tracker(settings.tracking, settings.out, folder=spool, say=console.print).run(
             "predict", None, public(settings, reader.kind), {"source": "pipelines/predict.py"}
         ) as tracker,
         little_cache(),
@@ -117,14 +120,14 @@ def work(settings: PredictSettings) -> int:
         if registered is not None:
             tracker.used_model(registered)
     figures = {"voxels_by_class": {str(place): found.counts for place, found in done.items()}, **_speed(places, done, seconds)}
-    facts = {
+    facts: dict[str, Any] = {
         "figures": figures,
         "files": {"found": catalogue.num_files, "used": catalogue.num_used},
         "rejected": [{"file": item.file, "reason": item.reason} for item in (*catalogue.rejected, *failed)],
         "digests": {"weights": job.weights, "data": fingerprint(file for scene in catalogue.scenes for file in scene.files)},
         "classes": {str(value): name for value, name in about.classes},
         "bands": {str(place): found.matching.table() for place, found in done.items()},
-        "mlflow": {"run_id": tracker.run_id, "model": registered.uri if registered else None},
+        "mlflow": {**tracker.facts(), "model": registered.uri if registered else None},
     }
     facts |= {"intended_use": about.intended_use} if about.intended_use else {}
     out = settings.out
@@ -136,6 +139,7 @@ def work(settings: PredictSettings) -> int:
         RESULT if out.is_dir() else f"{out.name}.{RESULT}",
     )
     tell(done, failed, figures, out)
+    tell_pending(facts["mlflow"], out if out.is_dir() else spool)
     return 1 if failed else 0
 
 
@@ -274,6 +278,11 @@ def shares(counts: dict[str, int]) -> dict[str, float]:
     """Share of each class."""
     total = sum(counts.values())
     return {name: number / total for name, number in counts.items()}
+
+
+def spool_folder(out: Path, places: Sequence[tuple[Scene, Path]]) -> Path:
+    """Where what is told to the tracker is kept: in the folder of the label maps, or beside a single one."""
+    return out.with_name(f"{out.name}.{FOLDER}") if out in [place for _, place in places] else out / FOLDER
 
 
 def check(settings: PredictSettings) -> list[str]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from mae_core.settings import Settings, to_plain
 from mae_core.store import TileStore
-from mae_core.tracking import Tracker, TrackingError, TrackingSettings, redacted
+from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from modalities.account import account
 from modalities.catalogue import Catalogue, ReaderSettings, scan
 from modalities.patients import PSEUDONYM_KEY, of_patients
@@ -31,6 +31,7 @@ from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public, recorded, without_patterns
 from pipelines.scan_account import tell_scans
 from pipelines.store_facts import tell_values, value_columns
+from pipelines.tracked import tell_pending
 from pipelines.withheld import missing_paths
 
 DESCRIPTION = "files become a tile store (zarr) with quality flags, statistics, index, split and checksums"
@@ -197,7 +198,7 @@ def work(settings: PrepareVerb) -> int:
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
-    with Tracker(settings.tracking, settings.out, of_patients=of_patients(settings.modality)).run(
+    with Tracker(settings.tracking, settings.out, of_patients=of_patients(settings.modality), say=console.print).run(
         f"prepare-{settings.out.name}", None, public(settings, settings.modality), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)
@@ -205,15 +206,16 @@ def work(settings: PrepareVerb) -> int:
         sheet_to(tracker, store)
         tracker.table("channels.json", value_columns(store))
         tracker.dataset(settings.modality, report.digest, "prepared", {"tiles": str(report.accepted)})
-    facts = {
+    facts: dict[str, Any] = {
         "figures": {"tiles": {**counts, "discarded": dict(report.discarded)}, "bytes": report.num_bytes, "seconds": report.seconds},
         "files": {"found": catalogue.num_files, "used": catalogue.num_used, "ignored": len(catalogue.ignored)},
         "rejected": [{"file": item.file, "reason": item.reason, "code": item.code} for item in catalogue.rejected],
         "digests": {"store": report.digest},
-        "mlflow": {"uri": redacted(tracker.uri), "run_id": tracker.run_id},
+        "mlflow": tracker.facts(),
     }
     finish(settings.out, "prepare", recorded(settings, settings.modality), facts)
     console.print(f"[bold]store ready[/]: {settings.out}")
+    tell_pending(facts["mlflow"], settings.out)
     return 0
 
 

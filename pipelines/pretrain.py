@@ -35,7 +35,7 @@ from mae_core.parallel import DeviceError, ParallelSettings, RankError, processe
 from mae_core.settings import Settings, to_plain
 from mae_core.sharding import gathered, shard
 from mae_core.store import StoreError, TileStore
-from mae_core.tracking import Registered, Tracker, TrackingError, TrackingSettings, redacted, tracking_uri
+from mae_core.tracking import Tracker, TrackingError, TrackingSettings, tracking_uri
 from mae_core.train import TrainSettings, train
 from mae_core.vit import channel_groups
 from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
@@ -61,6 +61,7 @@ from pipelines.pretrain_start import (
 )
 from pipelines.progress import console
 from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, write_json
+from pipelines.tracked import tell_tracked
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
 UNFIT = (LoaderError, DeviceError, LaunchError, RankError, AttentionError)
@@ -220,8 +221,8 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         tracker = None
         if parallel.is_first:
             known = state.run_id or recall(out, RUN).get("run_id")
-            tracker = Tracker(recipe.tracking, out, of_patients=of_patients(store.kind))
-            stack.enter_context(tracker.run(out.name, known, config, {"source": f"pipelines/{verb}.py"}))
+            tracker = Tracker(recipe.tracking, out, of_patients=of_patients(store.kind), say=console.print)
+            stack.enter_context(tracker.run(out.name, known, config, {"source": f"pipelines/{verb}.py"}, step=state.step))
             state.run_id = tracker.run_id
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(store)), "channels": ",".join(store.channels), "split_digest": config["split_digest"]}
@@ -243,12 +244,13 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
             return {}
         confirm(out)
         facts = {
-            "figures": run.last or _told_metrics(tracker),
+            "figures": run.last or tracker.told_metrics(),
             "attention": kernels,
             **_finish(store, out, recipe, model, tracker, normaliser, begun),
         }
         facts |= {} if transfer is None else {"transfer": [list(row) for row in transfer.table()]}
         facts |= {"damaged_tiles": {str(tile): why for tile, why in stream.damaged.items()}} if stream.damaged else {}
+    facts |= {"mlflow": tracker.facts()}
     facts |= {"intended_use": RESEARCH_USE} if of_patients(store.kind) else {}
     result = finish(out, verb, config, facts)
     tell_end(result, out)
@@ -288,11 +290,8 @@ def _finish(
     begun_data = None if begun is None else begun.training_data
     data = trained_on(begun_data, store, "pretraining", "" if begun is None else "the encoder that it began with")
     weights = save_model(out / "model", model.encoder, description, files_of(data))
-    registered = tracker.register(out / "model", description, None)
-    return {
-        "digests": {"store": store.digest, "split": split_digest(store.index), "weights": weights},
-        "mlflow": told(tracker, registered),
-    }
+    tracker.register(out / "model", description, None)
+    return {"digests": {"store": store.digest, "split": split_digest(store.index), "weights": weights}}
 
 
 def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -343,8 +342,7 @@ def tell_end(result: dict[str, Any], out: Path) -> None:
     pictures = sorted((out / "panels").glob("*.png"))
     if pictures:
         console.print(f"  reconstructions: {pictures[-1]}")
-    console.print(f"  registered as {result['mlflow']['model']} ({result['mlflow']['alias']})")
-    console.print(f"  look at it: {ui_command(result['mlflow']['uri'])}")
+    tell_tracked(result["mlflow"], out)
 
 
 def learned(figures: Mapping[str, float]) -> str:
@@ -362,22 +360,6 @@ def learned(figures: Mapping[str, float]) -> str:
     return f"{verdict}: skill {overall:+.3f} over the best trivial predictor (0: none, 1: perfect){': ' * bool(each)}{each}"
 
 
-def told(tracker: Tracker, registered: Registered) -> dict[str, str]:
-    """Where a run and its model are recorded, for `result.json`."""
-    return {
-        "uri": redacted(tracker.uri),
-        "run_id": tracker.run_id,
-        "model": registered.uri,
-        "model_id": registered.model_id,
-        "alias": f"models:/{registered.name}@candidate",
-    }
-
-
-def ui_command(uri: str) -> str:
-    """The command that opens the MLflow UI on a tracking store."""
-    return f"open {uri}" if uri.startswith("http") else f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri '{uri}'"
-
-
 def _log_panels(tracker: Tracker | None, out: Path, step: int, panels: Sequence[Panel]) -> None:
     from mae_core.figures import reconstruction, save_picture
 
@@ -387,11 +369,6 @@ def _log_panels(tracker: Tracker | None, out: Path, step: int, panels: Sequence[
     picture = reconstruction(panels, f"held-out tiles, step {step}: {note}")
     save_picture(picture, out / "panels" / f"step-{step:08d}.png")
     tracker.image("val/reconstruction", picture, step)
-
-
-def _told_metrics(tracker: Tracker) -> dict[str, float]:
-    """Last values of a run that was killed between its last step and its end."""
-    return {key: value for key, value in tracker.client.get_run(tracker.run_id).data.metrics.items() if not key.startswith("system/")}
 
 
 def work(settings: PretrainSettings) -> int:

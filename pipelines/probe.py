@@ -20,7 +20,7 @@ from mae_core.parallel import Parallel, processes
 from mae_core.probes import PIXELS, LinearSettings, Samples, classification_measures, collect, knn, linear_probe
 from mae_core.segmentation import Segmentation, confusion
 from mae_core.store import TileStore
-from mae_core.tracking import Registered, Tracker, TrackingSettings, redacted
+from mae_core.tracking import Registered, Tracker, TrackingSettings
 from modalities.label_file import LabelOptions
 from pipelines.bands import store_matching
 from pipelines.command_line import run
@@ -29,9 +29,9 @@ from pipelines.finetune_segmentation import EXPECTED
 from pipelines.frozen_split import split_digest
 from pipelines.labelled import Colour, labelled_store, labelled_task, missing
 from pipelines.preparation import PrepareSettings
-from pipelines.pretrain import ui_command
 from pipelines.progress import console, table
 from pipelines.run_folder import RUN, RunError, begin, finish, model_folder, model_problems, public, recall, recorded, write_json
+from pipelines.tracked import tell_tracked
 
 DESCRIPTION = "what a linear map and nearest neighbours read out of frozen features, beside random weights and the pixels themselves"
 MAY_DIFFER = (
@@ -101,7 +101,7 @@ def work(settings: ProbeSettings) -> int:
             bands = store_matching(about, store, settings.bands).table()
             facts = {"figures": figures, "bands": bands, "digests": digests, "mlflow": told, **verdict_facts(verdict)}
             done = finish(settings.out, "probe", config, facts)
-    tell(done)
+    tell(done, settings.out)
     return 0
 
 
@@ -177,7 +177,9 @@ def track(
     """Tell the tracker; where it was told."""
     out, store = settings.out, task.store
     config = public(settings, store.kind) | {"store_digest": store.digest}
-    with Tracker(settings.tracking, out).run(out.name, recall(out, RUN).get("run_id"), config, {"source": "pipelines/probe.py"}) as tracker:
+    known = recall(out, RUN).get("run_id")
+    tags = {"source": "pipelines/probe.py"}
+    with Tracker(settings.tracking, out, say=console.print).run(out.name, known, config, tags) as tracker:
         write_json(out / RUN, {"run_id": tracker.run_id})
         facts = {"tiles": str(len(store)), "classes": ",".join(task.names), "split_digest": split_digest(store.index)}
         tracker.dataset(store.kind, store.digest, "probing", facts)
@@ -191,10 +193,10 @@ def track(
         tracker.metrics(values, 0)
         if version is not None:
             tracker.used_model(version)
-    return {"run_id": tracker.run_id, "uri": redacted(tracker.uri), "encoder": version.uri if version else None}
+    return {**tracker.facts(), "encoder": version.uri if version else None}
 
 
-def tell(result: dict[str, Any]) -> None:
+def tell(result: dict[str, Any], out: Path) -> None:
     """Print the table of all arms and what it means."""
     figures = result["figures"]
     scores, groups = figures["held_out"], figures["groups"]
@@ -211,7 +213,7 @@ def tell(result: dict[str, Any]) -> None:
         found = ", ".join(f"{number} {name}" for name, number in figures["samples"][side].items())
         console.print(f"{what} {sum(figures['samples'][side].values())} {figures['level']}s of {groups[side]} groups: {found}")
     console.print("balanced: mean share of each class's samples that is found; random weights: mean of the seeds, least and most.")
-    console.print(f"look at it: {ui_command(result['mlflow']['uri'])}")
+    tell_tracked({key: value for key, value in result["mlflow"].items() if key != "encoder"}, out)
 
 
 def spoken(values: Sequence[float]) -> str:

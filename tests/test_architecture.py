@@ -25,9 +25,9 @@ ROWS = {
     "sparse_conv encoders stopping pulse watchdog file_systems launch",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence export weights band_transfer published "
-    "monai_export bootstrap case_metrics",
-    "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling tracking served_model figures store_sheet "
-    "case_sheet finetune",
+    "monai_export bootstrap case_metrics spool system_metrics publisher",
+    "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling delivery registration tracking_store tracking "
+    "served_model figures store_sheet case_sheet finetune",
 }
 HOMES = {
     "rasterio": [
@@ -68,7 +68,13 @@ HOMES = {
     "dask": ["pipelines/preparation_workers.py"],
     "distributed": ["pipelines/preparation_workers.py", "pipelines/slurm_jobs.py"],
     "dask_jobqueue": ["pipelines/slurm_jobs.py"],
-    "mlflow": ["mae_core/tracking.py", "mae_core/served_model.py"],
+    "mlflow": [
+        "mae_core/delivery.py",
+        "mae_core/registration.py",
+        "mae_core/served_model.py",
+        "mae_core/tracking.py",
+        "mae_core/tracking_store.py",
+    ],
     "matplotlib": ["mae_core/figures.py", "mae_core/case_sheet.py", "mae_core/store_sheet.py"],
     "zarr": ["mae_core/store_writer.py", "pipelines/benchmark_ceiling.py", "pipelines/benchmark_readers.py"],
     "numcodecs": ["mae_core/chunks.py", "pipelines/benchmark_ceiling.py"],

@@ -224,25 +224,32 @@ from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 from mae_core.tracking import Tracker, TrackingSettings
 
-def work():
-    client = Tracker(TrackingSettings(), Path(sys.argv[1])).client
-    client.create_run(client.get_experiment_by_name("terravox").experiment_id)
+def work(number):
+    tracker = Tracker(TrackingSettings(system_metrics=False), Path(sys.argv[1]) / str(number), say=print)
+    with tracker.run("one", None, {"a": 1}, TAGS) as run:
+        run.metrics({"loss": number}, 1)
+    if run.pending:
+        os._exit(1)
 
+TAGS = {"source": "x"}
 children = []
-for _ in range(8):
+for number in range(8):
     child = os.fork()
     if child == 0:
-        work()
+        work(number)
         os._exit(0)
     children.append(child)
 sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    client = Tracker(TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "run").client
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "")
+    client = Tracker(TrackingSettings(), tmp_path / "run").client
     (experiment,) = [found for found in client.search_experiments() if found.name == "terravox"]
-    assert len(client.search_runs([experiment.experiment_id])) == 8
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted((run.info.status, run.data.metrics["loss"], run.data.params["a"]) for run in runs) == [
+        ("FINISHED", float(number), "1") for number in range(8)
+    ]
 
 
 def test_nothing_is_told_to_anybody_whatever_the_environment_says(tmp_path: Path) -> None:
