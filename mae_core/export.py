@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,6 +52,7 @@ class Description(Settings):
         reader: Settings of the adapter, as it read the training data.
         lineage: Where it came from: digests of data and weights, runs, parent model.
         intended_use: What it may be used for, as its README says too; empty where there is nothing to say.
+        facts: What its README says beside that, a line each: licences, the compute of its training.
     """
 
     format: Literal[1] = 1
@@ -76,6 +77,7 @@ class Description(Settings):
     reader: dict[str, Any]
     lineage: dict[str, str]
     intended_use: str = ""
+    facts: dict[str, str] = Field(default_factory=dict)
 
 
 def save_model(folder: Path, model: nn.Module, description: Description, beside: Mapping[str, bytes] | None = None) -> str:
@@ -92,8 +94,8 @@ def save_model(folder: Path, model: nn.Module, description: Description, beside:
         (aside / DESCRIPTION).write_text(json.dumps(description.model_dump(mode="json"), indent=1, sort_keys=True))
         for name, data in (beside or {}).items():
             (aside / name).write_bytes(data)
-        if description.intended_use:
-            (aside / CARD).write_text(f"# {description.modality} {description.kind}\n\n{description.intended_use}\n")
+        if description.intended_use or description.facts:
+            (aside / CARD).write_text(_card(description))
         seal(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -101,6 +103,16 @@ def save_model(folder: Path, model: nn.Module, description: Description, beside:
         shutil.rmtree(aside, ignore_errors=True)
         raise ModelError(f"the model could not be written to {folder}: {error}; {advice(error)} and run again") from error
     return sha256(folder / WEIGHTS)
+
+
+def _card(description: Description) -> str:
+    use = [description.intended_use, ""] if description.intended_use else []
+    return (
+        "\n".join(
+            [f"# {description.modality} {description.kind}", "", *use, *(f"- {name}: {said}" for name, said in description.facts.items())]
+        )
+        + "\n"
+    )
 
 
 def load_description(folder: Path, kind: Literal["encoder", "segmenter"]) -> Description:

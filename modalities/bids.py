@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from modalities.licences import licence_of
+
 DESCRIPTION = "dataset_description.json"
 APART = {"derivatives": "derivative", "sourcedata": "source_data", "code": "not_data", "stimuli": "not_data"}
 """Folders of a dataset that hold no scans of its own, with the reason code of what lies in them."""
@@ -174,6 +176,11 @@ class BidsTree:
         alike = len(self._described) - len(set(self._described.values()))
         told = f"{alike} BIDS datasets have the {DESCRIPTION} of another one; equal labels in them are taken for one patient"
         return (told,) if alike else ()
+
+    def licences(self) -> tuple[str, ...]:
+        """What the descriptions of the datasets, but of those that lie apart in others, state; each once, sorted."""
+        roots = [root for root in self._described if not any(part in APART for part in root.split("/"))]
+        return tuple(sorted({licence_of(self._folder / root / DESCRIPTION) for root in roots}))
 
     def apart(self, file: Path, *, derivatives: bool) -> str:
         """Reason code of a file that stands apart in its dataset; empty for one that does not."""

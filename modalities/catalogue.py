@@ -48,6 +48,7 @@ class Catalogue:
         rows: Of scans, one for each that was found, under pseudonyms.
         names: Of scans, what each pseudonym stands for; goes nowhere but into a crosswalk that is asked for.
         kind: Of the reader's settings.
+        licences: That BIDS datasets in the folder state, each once; empty where there are none.
     """
 
     root: Path = field(repr=False)
@@ -60,6 +61,7 @@ class Catalogue:
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
     kind: str = ""
+    licences: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -110,10 +112,12 @@ def scan(
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = {}
     readers: Mapping[str, str] = {}
+    licences: tuple[str, ...] = ()
     if isinstance(settings, VolumeSettings | XraySettings):
         archive = scan_patients(kept, folder, settings, num_workers=num_workers, progress=progress)
         ignored += archive.ignored
         scenes, rejected, notes, rows, names = archive.scenes, archive.rejected, archive.notes, archive.rows, archive.names
+        licences = archive.licences
     else:
         images = scan_series(kept, folder, settings) if isinstance(settings, SeriesSettings) else scan_images(kept, folder, settings)
         ignored += images.ignored
@@ -138,6 +142,7 @@ def scan(
         rows,
         names,
         settings.kind,
+        licences,
     )
     _check(catalogue, need_usable)
     return catalogue

@@ -25,6 +25,7 @@ class ScannedArchive:
     notes: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     names: Mapping[str, str] = field(repr=False)
+    licences: tuple[str, ...] = ()
 
 
 def scan_patients(
@@ -50,11 +51,13 @@ def scan_patients(
         (*volumes.notes, *pictures.notes),
         rows,
         {**volumes.names, **pictures.names},
+        volumes.licences,
     )
 
 
 def _as_one(scanned: Scanned | ScannedPictures) -> ScannedArchive:
-    return ScannedArchive(scanned.scenes, scanned.rejected, scanned.ignored, scanned.notes, scanned.rows, scanned.names)
+    licences = scanned.licences if isinstance(scanned, Scanned) else ()
+    return ScannedArchive(scanned.scenes, scanned.rejected, scanned.ignored, scanned.notes, scanned.rows, scanned.names, licences)
 
 
 def _joined(volumes: Scanned, pictures: ScannedPictures) -> tuple[tuple[Scene, ...], tuple[Mapping[str, Any], ...]]:

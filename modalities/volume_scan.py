@@ -42,6 +42,7 @@ class Scanned:
         notes: Lines to be told.
         rows: A row for every volume that was found, used or not, under pseudonyms: what a catalogue lists.
         names: What each pseudonym stands for. Never written but to a crosswalk that the user asks for.
+        licences: See `Catalogue.licences`.
     """
 
     scenes: tuple[VolumeScene, ...]
@@ -50,6 +51,7 @@ class Scanned:
     notes: tuple[str, ...] = ()
     rows: tuple[Mapping[str, Any], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    licences: tuple[str, ...] = ()
 
 
 def scan_volumes(
@@ -107,7 +109,7 @@ def scan_volumes(
         rejected.append(Rejected(names.of("file", missed.place), missed.reason, missed.unwanted, missed.code, len(own)))
     notes = (*dicom.notes, *together.notes, *unique.notes, *tree.notes(), *(intensity_notes(volumes, settings) if volumes else ()))
     rows = make_rows(found, volumes, scenes, refused, names)
-    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes, rows, _names(found, scenes, refused, names))
+    return Scanned(tuple(scenes), tuple(rejected), tuple(ignored), notes, rows, _names(found, scenes, refused, names), tree.licences())
 
 
 def _names(found: Sequence[Found], scenes: Sequence[VolumeScene], refused: Sequence[Refused], names: Pseudonyms) -> dict[str, str]:

@@ -20,6 +20,7 @@ from mae_core.stopping import StopRequest, stop_requests
 from mae_core.tracking import Tracker
 from mae_core.train import Report, Surroundings, TrainSettings, product_dtype
 from mae_core.watchdog import watchdog
+from pipelines.compute_time import ComputeTime
 from pipelines.lease import confirm
 from pipelines.progress import console, training
 
@@ -64,7 +65,13 @@ def attempt(
         stop = stack.enter_context(stop_requests())
         beats = stack.enter_context(pulse(folder, parallel.rank, parallel.world))
         stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank))
-        covered: Callable[[int], None] = _nothing if tracker is None else tracker.covered
+        clock = ComputeTime(folder, parallel)
+
+        def covered(step: int) -> None:
+            clock.note()
+            if tracker is not None:
+                tracker.covered(step)
+
         keep, permitted = settings.keep_checkpoints, partial(confirm, folder)
         writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted))
 
@@ -78,16 +85,16 @@ def attempt(
                 tracker.metrics(what.metrics, what.step)
 
         speed = speedometer(work, product_dtype(settings.precision, parallel.device), parallel)
-        yield Attempt(Surroundings(writer, stop, beats, speed), report, last, partial(_loop, stop, parallel))
+        yield Attempt(Surroundings(writer, stop, beats, speed), report, last, partial(_loop, stop, parallel, clock))
 
 
 @contextmanager
-def _loop(stop: StopRequest, parallel: Parallel) -> Iterator[None]:
+def _loop(stop: StopRequest, parallel: Parallel, clock: ComputeTime) -> Iterator[None]:
     with stop.held():
-        yield
+        try:
+            yield
+        finally:
+            if parallel.is_first:
+                clock.note()
         if parallel.any(bool(stop)):  # asked in the last step: what follows the training is for the next attempt
             raise stop.stopped(together=True)
-
-
-def _nothing(_: object) -> None:
-    """Nobody is to be told."""

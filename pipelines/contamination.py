@@ -12,10 +12,12 @@ from pydantic import Field, ValidationError
 
 from mae_core.settings import Settings
 from mae_core.store import TileStore
+from modalities.licences import NOT_STATED
 from modalities.patients import PSEUDONYM_KEY, of_patients
 from pipelines.frozen_split import Group, all_names, joined_patients, split_digest
 from pipelines.progress import console
 from pipelines.run_folder import RunError
+from pipelines.statements import Defaced, statements_of
 
 TRAINING_DATA = "training_data.json"
 """Beside the weights of a model; sealed with them."""
@@ -43,6 +45,7 @@ class Source(Settings):
         blocks: How patients are divided in blocks; empty where they are whole.
         patients: Their pseudonyms; all of those who share a scan.
         scans: Voxel digests.
+        licences, defaced: Of the data: see `Statements`.
     """
 
     role: Literal["pretraining", "fine-tuning"]
@@ -52,6 +55,8 @@ class Source(Settings):
     blocks: str = ""
     patients: Sides = Sides()
     scans: Sides = Sides()
+    licences: tuple[str, ...] = (NOT_STATED,)
+    defaced: Defaced = "unknown"
 
 
 class TrainingData(Settings):
@@ -129,6 +134,7 @@ def source_of(store: TileStore, role: Literal["pretraining", "fine-tuning"]) -> 
         patients.update(names_of(group, joined))
         scans.update(scan + _part(group) for scan in digests)
     named, known = (Sides(train=tuple(sorted(sides[True][place])), held_out=tuple(sorted(sides[False][place]))) for place in (0, 1))
+    said = statements_of(store)
     return Source(
         role=role,
         store=store.digest,
@@ -137,6 +143,8 @@ def source_of(store: TileStore, role: Literal["pretraining", "fine-tuning"]) -> 
         blocks=blocks_of(store),
         patients=named if key else Sides(),
         scans=known,
+        licences=said.licences,
+        defaced=said.defaced,
     )
 
 

@@ -37,12 +37,14 @@ from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import TrainSettings, train
 from mae_core.vit import Block, Encoder
 from modalities.label_file import LabelOptions
+from modalities.patients import of_patients
 from modalities.scene import SceneError
 from pipelines.attempt import attempt
 from pipelines.bands import store_matching
 from pipelines.case_report import summary as case_summary
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
+from pipelines.compute_time import compute_of, compute_words
 from pipelines.contamination import SeenSettings, TrainingData, Verdict, files_of, load_training_data, trained_on, verdict_facts, verdict_on
 from pipelines.crosswalk_option import CrosswalkPath
 from pipelines.finetune_report import tell
@@ -58,6 +60,7 @@ from pipelines.pretrain import MAY_DIFFER as PRETRAIN_MAY_DIFFER
 from pipelines.pretrain import spread
 from pipelines.progress import console
 from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, model_folder, model_problems, public, recall, recorded, write_json
+from pipelines.statements import Licence, card_lines, statements_of
 
 DESCRIPTION = "an encoder and labels become a registered segmenter, beside the same network from random weights"
 EXPECTED = (*PRETRAIN_EXPECTED, SceneError, PreparationError, ModelError)
@@ -98,6 +101,7 @@ class FinetuneSettings(SeenSettings):
     parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
     crosswalk: CrosswalkPath = None
+    weights_licence: Licence = Field("", description="Licence that the weights are given on under, as an SPDX name; empty: not stated")
     take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
 
 
@@ -249,6 +253,7 @@ def _compare(job: Job) -> dict[str, Any]:
     side = judged_side(job.store)
     groups = {name: len(set(job.store.index.group[rows].tolist())) for name, rows in (("train", job.rows), (side, job.store.rows(side)))}
     facts |= {"intended_use": job.about.intended_use} if job.about.intended_use else {}
+    facts |= {"compute": compute_of(*(out / f"{arm}-seed{seed}" for arm, seed in found))}
     return finish(
         out,
         "finetune_segmentation",
@@ -313,7 +318,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
             train(task, state, stream, settings.train, settings.optim, running.surroundings, running.report)
         model = gathered(model, lambda: new_segmenter(job, arm, seed))
         scores, confused = score(replace(task, held_out=job.store.rows(judged_side(job.store))), model.eval(), settings.overlap)
-        about = segmenter_description(job, arm, child.run_id if child is not None else "")
+        about = segmenter_description(job, arm, seed, child.run_id if child is not None else "")
         judge = Judge(about, settings.overlap, settings.bands, task.batch_size, settings.cases, job.parallel)
         rows = judge.rows(model, job.cases, partial(write_sheet, about, folder / "sheets") if settings.sheets else None)
         if child is not None:
@@ -366,12 +371,18 @@ def training_files(job: Job, arm: str) -> dict[str, bytes]:
     return files_of(trained_on(job.training_data if begun else None, job.store, "fine-tuning", begun))
 
 
-def segmenter_description(job: Job, arm: str, run_id: str) -> Description:
+def segmenter_description(job: Job, arm: str, seed: int, run_id: str) -> Description:
     """What the segmenter of an arm is, how it is fed and where it comes from."""
     lineage = {**job.about.lineage, "labelled_store_digest": job.store.digest, "finetuning_run": run_id, "init": arm}
     if arm == "pretrained":
         lineage |= {"encoder_weights": job.config["encoder_weights"]} | ({"encoder_version": job.parent.uri} if job.parent else {})
         lineage |= {} if job.verdict is None else {"seen_patients": job.verdict.words}
+    compute = compute_words(compute_of(job.settings.out / f"{arm}-seed{seed}"))
+    facts = card_lines(
+        statements_of(job.store), job.settings.weights_licence, f"fine-tuning: {compute}", is_patients=of_patients(job.store.kind)
+    )
+    if arm == "pretrained":
+        facts = {**{f"Encoder: {name}": said for name, said in job.about.facts.items()}, **facts}
     return job.about.model_copy(
         update={
             "kind": "segmenter",
@@ -383,6 +394,7 @@ def segmenter_description(job: Job, arm: str, run_id: str) -> Description:
             "modality": job.store.kind,
             "reader": job.store.attributes["reader"],
             "lineage": lineage,
+            "facts": facts,
         }
     )
 

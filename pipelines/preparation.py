@@ -24,6 +24,7 @@ from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, failures, finish_store, refuse_failed, report_of
 from pipelines.preparation_workers import ClusterSettings, LocalCluster, run_tasks, works_here
 from pipelines.shard_task import Keep, Record, ShardTask, finished_record, run_task
+from pipelines.statements import StatementSettings
 from pipelines.tiling_plan import PreparationError, SplitSettings
 from pipelines.withheld import WithheldError, discreet, is_private, trace_of
 
@@ -51,6 +52,7 @@ class PrepareSettings(Settings):
     )
     mix_levels: bool = Field(False, description="Whether one channel may come in several processing levels, such as B02 of L1C and of L2A")
     split: SplitSettings = SplitSettings()
+    states: StatementSettings = StatementSettings()
     num_workers: int = Field(
         2, ge=0, description="Worker processes on this machine; 0, or a single task, is worked in this process without dask"
     )

@@ -27,6 +27,7 @@ from pipelines.frozen_split import FrozenSplit, Group, read_split, sides_of
 from pipelines.ground_split import block_names
 from pipelines.preparation_extension import LISTED, Earlier, Growth, growth
 from pipelines.shard_task import Keep, ShardTask, Stamps, shard_tasks, stamps_of
+from pipelines.statements import STATEMENTS, StatementSettings
 from pipelines.tiling_plan import (
     PlannedTile,
     PreparationError,
@@ -74,6 +75,11 @@ class TilingSettings(Protocol):
     @property
     def split(self) -> SplitSettings:
         """How tiles are held out."""
+        ...
+
+    @property
+    def states(self) -> StatementSettings:
+        """What the user says of the data."""
         ...
 
 
@@ -148,13 +154,13 @@ def make_plan(
             "tiles_per_shard": settings.tiles_per_shard,
             "compression": settings.compression,
             "min_valid_fraction": settings.min_valid_fraction,
-            **({"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}),
+            **_where_set(settings),
             "split": settings.split.document() | ({"frozen": frozen.digest} if frozen else {}),
         },
         "channels": [asdict(channel) for channel in _channels(scenes, earlier, allow_levels=settings.mix_levels)],
         "dtype": _dtype(scenes),
         "labelled": bool(labels),
-        "attributes": dict(attributes),
+        "attributes": {key: value for key, value in attributes.items() if key != STATEMENTS},
     }
     stamps = {scene.name: _of_files(stamps_of, scene) for scene in scenes}
     entries = {scene.name: _entry(scene, named.get(scene.name), tile) for scene in scenes}
@@ -240,6 +246,12 @@ def _scene_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         keys = [key for key in now[name] if before[name].get(key) != now[name][key]]
         lines += [f"scene {name}: {', '.join(keys)}"] if keys else []
     return lines if len(lines) <= LISTED else [*lines[:LISTED], f"… and {len(lines) - LISTED} more scenes"]
+
+
+def _where_set(settings: TilingSettings) -> dict[str, Any]:
+    """Settings that came later, and are told only where they are set: without them, stores of before are still of the same plan."""
+    clouds = {"max_cloud_fraction": settings.max_cloud_fraction} if settings.max_cloud_fraction < 1 else {}
+    return clouds | ({"states": settings.states.model_dump(mode="json")} if settings.states != StatementSettings() else {})
 
 
 def _as_before(earlier: Earlier, scenes: Sequence[Scene], document: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pipelines.preparation_extension import OVERLAPS_EARLIER, Growth, earlier_ti
 from pipelines.preparation_plan import PreparationPlan
 from pipelines.preparation_workers import WorkerSettings
 from pipelines.shard_task import Record
+from pipelines.statements import grown
 from pipelines.tiling_plan import Ground, PreparationError, held_out_groups, split_group
 from pipelines.value_counts import count_values
 
@@ -298,7 +299,8 @@ def _divide(
 
 
 def _attributes(plan: PreparationPlan, classes: Collection[int]) -> dict[str, Any]:
-    before = () if plan.earlier is None else plan.earlier.store.attributes["channels"]
+    there: Mapping[str, Any] = {} if plan.earlier is None else plan.earlier.store.attributes
+    before = there.get("channels", ())
     channels = [
         {**{key: value for key, value in asdict(channel).items() if key not in {"scale", "offset"}}, "levels": levels}
         for channel in plan.channels
@@ -307,6 +309,7 @@ def _attributes(plan: PreparationPlan, classes: Collection[int]) -> dict[str, An
     return {
         "kind": "",
         **plan.attributes,
+        **(grown(there, plan.attributes) if there else {}),
         "channels": channels,
         "quality_bits": {flag.name.lower(): int(flag) for flag in Quality if flag.name},
         "no_value": NO_VALUE,

@@ -30,6 +30,7 @@ from pipelines.preparation_workers import missing
 from pipelines.progress import console, counting, table
 from pipelines.run_folder import finish, public, recorded, without_patterns
 from pipelines.scan_account import tell_scans
+from pipelines.statements import stated
 from pipelines.store_facts import tell_values, value_columns
 from pipelines.tracked import tell_pending
 from pipelines.withheld import missing_paths
@@ -114,7 +115,7 @@ def prepare_store(
     """
     tell_catalogue(catalogue)
     refuse_damaged(catalogue.rejected, catalogue.num_used, settings.max_rejected_fraction)
-    attributes = store_attributes(reader, len(settings.tile)) | dict(more or {})
+    attributes = store_attributes(reader, len(settings.tile)) | dict(more or {}) | stated(catalogue, settings.states)
     with counting("preparing", "tiles") as progress:
 
         def announce(forecast: Forecast) -> None:

@@ -42,6 +42,7 @@ from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
 from pipelines.attempt import attempt
 from pipelines.bands import described
 from pipelines.command_line import run as run_verb
+from pipelines.compute_time import compute_of, compute_words
 from pipelines.contamination import files_of, trained_on
 from pipelines.frozen_split import split_digest
 from pipelines.kernels import checked_attention
@@ -61,6 +62,7 @@ from pipelines.pretrain_start import (
 )
 from pipelines.progress import console
 from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, write_json
+from pipelines.statements import Licence, card_lines, statements_of
 from pipelines.tracked import tell_tracked
 
 DESCRIPTION = "a tile store becomes a pretrained, registered encoder; an unfinished run is resumed"
@@ -69,6 +71,7 @@ EXPECTED = (StoreError, CheckpointError, TrainingError, TrackingError, ModelErro
 MAY_DIFFER = (
     "tracking",
     "take_over",
+    "weights_licence",
     "split_digest",
     "loader.num_threads",
     "loader.prefetch",
@@ -101,6 +104,7 @@ class PretrainRecipe(Settings):
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
     tracking: TrackingSettings = TrackingSettings()
+    weights_licence: Licence = Field("", description="Licence that the weights are given on under, as an SPDX name; empty: not stated")
     take_over: bool = Field(False, description="Go on with a run although another job seems to work on it; that one will stop")
 
 
@@ -270,6 +274,7 @@ def _finish(
     lineage = {"store_digest": store.digest, "pretraining_run": tracker.run_id}
     lineage |= {} if begun is None else {"begun_with_weights": begun.digest}
     lineage |= {PSEUDONYM_KEY: store.attributes[PSEUDONYM_KEY]} if PSEUDONYM_KEY in store.attributes else {}
+    compute = compute_of(out)
     description = Description(
         kind="encoder",
         modality=store.kind,
@@ -284,6 +289,7 @@ def _finish(
         reader=store.attributes["reader"],
         lineage=lineage,
         intended_use=RESEARCH_USE if of_patients(store.kind) else "",
+        facts=card_lines(statements_of(store), recipe.weights_licence, compute_words(compute), is_patients=of_patients(store.kind)),
         percentiles=tuple(tuple(None if np.isnan(value) else float(value) for value in row) for row in store.statistics.percentiles),
         **described(bands_of(store.attributes["channels"])),
     )
@@ -291,7 +297,7 @@ def _finish(
     data = trained_on(begun_data, store, "pretraining", "" if begun is None else "the encoder that it began with")
     weights = save_model(out / "model", model.encoder, description, files_of(data))
     tracker.register(out / "model", description, None)
-    return {"digests": {"store": store.digest, "split": split_digest(store.index), "weights": weights}}
+    return {"digests": {"store": store.digest, "split": split_digest(store.index), "weights": weights}, "compute": compute}
 
 
 def spread(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:

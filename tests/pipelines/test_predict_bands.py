@@ -91,5 +91,5 @@ def test_fine_tuning_writes_it_down(tmp_path: Path) -> None:
         Parallel(0, 1, torch.device("cpu")),
         {"encoder_weights": "abc"},
     )
-    found = segmenter_description(job, "pretrained", "run").bands
+    found = segmenter_description(job, "pretrained", 0, "run").bands
     assert found == BandSettings(match="wavelength", max_distance_nm=30)
