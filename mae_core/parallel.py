@@ -135,10 +135,11 @@ def processes(device: str, settings: ParallelSettings | None = None) -> Iterator
 
 
 def failed_together(error: BaseException) -> bool:
-    """Whether an error comes from a collective, which fails where another process is gone or too late."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in TOLD_BY_COLLECTIVES)
-    )
+    """Whether an error comes from a collective itself, which fails where another process is gone or too late."""
+    if isinstance(error, RankError):
+        return False
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in TOLD_BY_COLLECTIVES)
+    return told or isinstance(error, dist.DistError)
 
 
 TOLD_BY_COLLECTIVES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")

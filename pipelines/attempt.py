@@ -13,6 +13,7 @@ from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.flops import Work
 from mae_core.loader import Stream
+from mae_core.lost_ranks import lost_ranks_named
 from mae_core.parallel import Parallel
 from mae_core.pulse import pulse
 from mae_core.speed import speedometer
@@ -74,6 +75,8 @@ def attempt(
 
         keep, permitted = settings.keep_checkpoints, partial(confirm, folder)
         writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted))
+
+        stack.enter_context(lost_ranks_named(parallel, beats, folder))
 
         def report(what: Report) -> None:
             last.update(what.metrics)

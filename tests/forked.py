@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from tests.tiny_runs import environment
@@ -51,6 +54,20 @@ def together(world: int, work: Callable[..., Any], *words: Any, timeout_s: float
     return [found[rank] for rank in range(world)]
 
 
+def started(world: int, folder: Path, work: Callable[..., int], *words: Any) -> list[ForkServerProcess]:
+    """Running processes that end with the exit code `work(*words)`; what each prints goes to `folder/rank-N.txt`."""
+    forks = get_context("forkserver")
+    forks.set_forkserver_preload(list(PRELOADED))
+    port = free_port()
+    jobs = [
+        forks.Process(target=_job, args=(slurm(rank, world, port), folder / f"rank-{rank}.txt", work, words), daemon=True)
+        for rank in range(world)
+    ]
+    for job in jobs:
+        job.start()
+    return jobs
+
+
 def slurm(rank: int, world: int, port: int) -> dict[str, str]:
     """What `srun` tells a process, all on this machine."""
     return {
@@ -70,6 +87,17 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
+
+
+def _job(launch: dict[str, str], log: Path, work: Callable[..., int], words: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(environment() | launch)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(work(*words))
 
 
 def _child(launch: dict[str, str], pipe: Connection, work: Callable[..., Any], words: tuple[Any, ...]) -> None:

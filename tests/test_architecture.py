@@ -25,7 +25,7 @@ ROWS = {
     "sparse_conv encoders stopping pulse watchdog file_systems launch",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
     "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence export weights band_transfer published "
-    "monai_export bootstrap case_metrics spool system_metrics publisher",
+    "monai_export bootstrap case_metrics spool system_metrics publisher lost_ranks",
     "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling delivery registration tracking_store tracking "
     "served_model figures store_sheet case_sheet finetune",
 }
