@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -16,6 +15,8 @@ from mae_core.pulse import INTERVAL_S, Pulse, Sign, signs
 
 SILENT_S = 3 * INTERVAL_S
 """A process of another machine that gave no sign of life for so long is taken for gone."""
+
+_STDERR = 2
 
 LOOK_S = 0.1
 """Seconds between two looks: a process that dies closes its connections a little before it is gone."""
@@ -127,6 +128,8 @@ def _watch(parallel: Parallel, pulse: Pulse, folder: Path, over: threading.Event
         elif since is None:
             since = monotonic()
         elif monotonic() - since > SILENT_S:
-            print(f"terravox: error: {_words(parallel, pulse, folder, 'it waits on the device')}", file=sys.stderr, flush=True)
+            words = f"error: {_words(parallel, pulse, folder, 'it waits on the device')}\n"
+            with suppress(OSError):
+                os.write(_STDERR, words.encode())  # past Python's buffers: the main thread may hold them
             end(1)
             return
