@@ -6,8 +6,9 @@ Everything that is random is drawn by counter from (seed, epoch, tile, repeat), 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -29,7 +30,7 @@ from mae_core.masking import (
     counter_share,
 )
 from mae_core.nd import block_of, per_channel
-from mae_core.settings import Settings
+from mae_core.settings import Settings, to_plain
 
 _SAME_SIZE = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -170,6 +171,21 @@ class Normaliser:
     def plain(self) -> Normaliser:
         """The same with nothing drawn, as evaluation needs it."""
         return replace(self, augment=None)
+
+    def facts(self) -> dict[str, Any]:
+        """What makes an equal one, as JSON's types; `from_facts` reads it."""
+        plain = {name: getattr(self, name) for name in ("crop", "mean", "std", "no_value", "seed", "footprint", "one_way")}
+        foreground = None if self.foreground is None else asdict(self.foreground)
+        return {**plain, "augment": None if self.augment is None else to_plain(self.augment), "foreground": foreground}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Normaliser:
+        """The normaliser that `facts` tells of."""
+        own, placed = dict(facts), facts["foreground"]
+        own |= {name: tuple(own[name]) for name in ("crop", "mean", "std")}
+        augment = None if own["augment"] is None else LabelledAugmentSettings.model_validate(own["augment"])
+        foreground = None if placed is None else Foreground(placed["fraction"], tuple(placed["classes"]))
+        return cls(**{**own, "augment": augment, "foreground": foreground})
 
     def __call__(self, raw: RawBatch, device: torch.device) -> Batch:
         """A batch on `device`; tiles travel there in their stored dtype."""

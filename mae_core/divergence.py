@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,9 @@ from mae_core.parallel import Parallel
 
 MOST_NAMED = 20
 """Tiles that a message names."""
+
+MOST_RECENT = 100
+"""Steps whose loss is remembered."""
 
 
 class TrainingError(RuntimeError):
@@ -56,6 +59,24 @@ class Taken:
         return [(int(tile), value) for tile, value in parallel.sum(whole).flatten(0, 1).tolist()]
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A skipped step, as the host knows it.
+
+    Attributes:
+        taken: What it was.
+        loss, norm: Not both are finite.
+        recent: Number, loss and gradient norm of it and of steps before it, in this attempt.
+        statistics: Running statistics of before the step, by `id` of the buffer.
+    """
+
+    taken: Taken
+    loss: float
+    norm: float
+    recent: Sequence[tuple[int, float, float]]
+    statistics: Mapping[int, Tensor]
+
+
 class Guard:
     """Counts skipped steps, keeps the losses that a report is made of, and ends a run that skips too many in a row.
 
@@ -64,12 +85,16 @@ class Guard:
 
     Attributes:
         asked: Whether a process was asked to stop, as far as steps have been judged.
+        statistics: Of the model.
     """
 
-    def __init__(self, state: TrainState, most_in_row: int, parallel: Parallel) -> None:
+    def __init__(self, state: TrainState, most_in_row: int, parallel: Parallel, keep: Callable[[Judged], None] | None = None) -> None:
+        """`keep` is given the first skipped step of a run and the one that ends it, while the weights are those of before it."""
         self.asked = False
-        self._state, self._most, self._parallel = state, most_in_row, parallel
+        self.statistics = RunningStatistics(state.model)
+        self._state, self._most, self._parallel, self._keep = state, most_in_row, parallel, keep
         self._row: deque[Taken] = deque(maxlen=MOST_NAMED)
+        self._recent: deque[tuple[int, float, float]] = deque(maxlen=MOST_RECENT)
         self._pending: tuple[Taken, Tensor, torch.cuda.Event | None] | None = None
 
     def take(self, taken: Taken) -> None:
@@ -105,6 +130,7 @@ class Guard:
             event.synchronize()
         loss, norm, asked = numbers.tolist()
         self.asked = self.asked or asked > 0
+        self._recent.append((taken.step, loss, norm))
         state = self._state
         if math.isfinite(loss) and math.isfinite(norm):
             state.window = [*state.window, (loss, norm)]  # a new list: a save that is still on its way holds the old one
@@ -113,8 +139,11 @@ class Guard:
             return
         state.skipped += 1
         state.skipped_in_row += 1
-        self._row.append(taken)
-        if state.skipped_in_row >= self._most:
+        self._row.append(replace(taken, batches=()))
+        is_last = state.skipped_in_row >= self._most
+        if self._keep is not None and (is_last or state.skipped == 1):
+            self._keep(Judged(taken, loss, norm, tuple(self._recent), self.statistics.before()))
+        if is_last:
             raise TrainingError(self._words(taken.step, loss, norm))
 
     def _words(self, step: int, loss: float, norm: float) -> str:
@@ -124,10 +153,11 @@ class Guard:
         names = f"tiles {_first(bad)}" if bad else f"none of its samples by itself; the batch holds tiles {_first(last)}"
         row = self._state.skipped_in_row
         steps = "1 step" if row == 1 else f"{row} steps in a row"
+        box = "" if self._keep is None else f"; look into it with: terravox replay RUN/black_box/step-{step:08d}"
         return (
             f"step {step}: loss {loss}, gradient norm {norm}: not finite, in {names}. {steps} made no update, which is as many as "
             f"train.max_skipped_in_row allows; the weights are finite, those of step {step - row}. Look at these tiles and lower "
-            "optim.base_lr in a new run, or raise train.max_skipped_in_row to pass over them in this one"
+            f"optim.base_lr in a new run, or raise train.max_skipped_in_row to pass over them in this one{box}"
         )
 
 
@@ -147,6 +177,10 @@ class RunningStatistics:
     def remember(self) -> None:
         """Keep them as they are now."""
         self._before = [buffer.clone() for buffer in self._kept]
+
+    def before(self) -> dict[int, Tensor]:
+        """What was remembered, by `id` of the buffer."""
+        return {id(buffer): before for buffer, before in zip(self._kept, self._before, strict=True)}
 
     def put_back(self, skipped: Tensor) -> None:
         """Make them what was remembered if `skipped` is 1; nobody waits to know."""

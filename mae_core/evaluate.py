@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from mae_core.masking import AnyHiding, HidingPlan, at_progress, hide
 from mae_core.nd import TokenLayout, per_channel
 from mae_core.parallel import Parallel, unwrap
 from mae_core.perceptual import PerceptualTerm
+from mae_core.settings import to_plain
 from mae_core.store import TileStore
 from mae_core.targets import PcaTarget, fit_pca
 from mae_core.train import Loss
@@ -131,6 +133,19 @@ class Pretraining:
         if self.perceptual is not None:
             sums = sums + counts * self.perceptual(inner, batch, output)
         return Loss(sums.sum(), counts.sum(), sums.detach(), batch.sample.tile, float(output.predicted.numel()))
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Model, hiding and normaliser; of a perceptual term only that there is one."""
+        del model
+        return {
+            "kind": "pretraining",
+            "channels": list(self.store.channels),
+            "model": to_plain(self.model),
+            "hiding": to_plain(self.hiding),
+            "normaliser": self.normaliser.facts(),
+            "seed": self.seed,
+            "left_out": [] if self.perceptual is None else ["perceptual"],
+        }
 
     def weights(self, like: Tensor) -> Tensor:
         """Weight of each channel of the target; counts stay whole numbers where none is set."""

@@ -28,7 +28,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: AnyEncoder, settings: HeadSettings, num_classes: int) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.settings = encoder, settings
         self.head = UnetrHead(encoder.settings.step, encoder.settings.width, len(encoder.channels), settings.features, num_classes)
         stages = len(self.head.factors)
         depth = encoder.settings.depth

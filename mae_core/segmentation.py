@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from mae_core.heads import Segmenter
 from mae_core.loader import fixed_batches, read_rows
 from mae_core.masking import Sample
 from mae_core.native import common_footprint
-from mae_core.parallel import Parallel
+from mae_core.parallel import Parallel, unwrap
+from mae_core.settings import to_plain
 from mae_core.store import TileStore
 from mae_core.tiling import Blend, Window
 from mae_core.train import Loss
@@ -59,6 +61,23 @@ class Segmentation:
         scores = model(arrange(batch.pixels, self.columns), self.has_value(batch), batch.context, present_of(batch, self.columns))
         sums, counted = dice_cross_entropy(scores.float(), self.classes(batch))
         return Loss(sums.sum(), counted.sum(), sums.detach(), batch.sample.tile, float(len(sums)))
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Segmenter, classes and normaliser."""
+        inner = unwrap(model)
+        assert isinstance(inner, Segmenter)
+        return {
+            "kind": "segmentation",
+            "channels": list(inner.encoder.channels),
+            "encoder": to_plain(inner.encoder.settings),
+            "drop_path": [float(getattr(block, "drop_path", 0.0)) for block in inner.encoder.blocks],
+            "head": to_plain(inner.settings),
+            "values": list(self.values),
+            "names": list(self.names),
+            "columns": list(self.columns),
+            "normaliser": self.normaliser.facts(),
+            "left_out": [],
+        }
 
     def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
         """Dice and IoU per class from the summed confusion of the held-out tiles' central crops."""

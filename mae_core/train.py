@@ -12,9 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mae_core.augment import RawBatch
+from mae_core.black_box import BlackBox
 from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
-from mae_core.divergence import Guard, RunningStatistics, Taken, check_weights
+from mae_core.divergence import Guard, Judged, Taken, check_weights
+from mae_core.exhaustion import within_memory
 from mae_core.loader import Stream
 from mae_core.masking import STREAM_STEP, counter_bits
 from mae_core.optim import OptimSettings, learning_rate, lr_factor, set_lr, step_unless
@@ -73,6 +75,10 @@ class Task(Protocol):
         """Loss of a micro-batch at a share of the run, in [0, 1)."""
         ...
 
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """What makes an equal task and an equal model without a store, as JSON's types; `mae_core.replay` reads it."""
+        ...
+
     def evaluate(self, model: nn.Module, step: int) -> Iterator[tuple[str, float]]:
         """Names and values from held-out tiles; every process takes part and gets the same values."""
         ...
@@ -100,12 +106,14 @@ class Surroundings:
         stop: Whether this process was asked to stop.
         pulse: Told where the process is.
         speed: Tells rates and memory.
+        black_box: Keeps steps that were not finite; None keeps none.
     """
 
     checkpoints: CheckpointWriter | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     pulse: Pulse = field(default_factory=Pulse)
     speed: Speedometer = field(default_factory=Speedometer)
+    black_box: BlackBox | None = None
 
 
 def train(
@@ -119,10 +127,9 @@ def train(
 ) -> None:
     """Train `state` in place from its step to the last.
 
-    What a model draws for itself, such as dropped paths, is a function of seed, step and process.
-    Gradients of all micro-batches and processes are summed and divided by the global count once, so neither the
-    micro-batch size nor uneven numbers of valid voxels change the update. A step whose loss or gradient is not finite
-    makes no update: weights, optimiser and running statistics stay as they were, bit for bit.
+    What a model draws for itself, such as dropped paths, is a function of seed, step and process. Gradients of all micro-batches and
+    processes are summed and divided by the global count once, so neither the micro-batch size nor uneven numbers of valid voxels change
+    the update. A step whose loss or gradient is not finite makes none: weights, optimiser and running statistics stay, bit for bit.
 
     Args:
         task: Gives loss and evaluation.
@@ -134,7 +141,7 @@ def train(
         report: Called on every process after `log_steps` updates and after an evaluation.
 
     Raises:
-        TrainingError: Too many steps in a row were not finite, or a weight is not; no checkpoint is written after that.
+        TrainingError: Too many steps in a row were not finite, a weight is not, or memory ran out; no checkpoint is written after that.
         Stopped: One of the processes was asked to stop; all have saved the same step.
     """
     parallel = stream.parallel
@@ -142,17 +149,18 @@ def train(
         state.model.compile(fullgraph=settings.compile == "whole", dynamic=False)
     model = parallel.wrap(state.model).train()
     lr = learning_rate(optim, stream.settings.global_batch_size)
-    guard, statistics, speed = Guard(state, settings.max_skipped_in_row, parallel), RunningStatistics(state.model), around.speed.start()
+    guard, speed = Guard(state, settings.max_skipped_in_row, parallel, _keeper(task, state, around.black_box)), around.speed.start()
     for batches, waited in stream.steps(state.step, settings.steps):
         around.pulse.beat(state.step, "step")
         torch.manual_seed(int(counter_bits(settings.seed, STREAM_STEP, state.step, parallel.rank)))
         set_lr(state.optimiser, lr * lr_factor(state.step, settings.steps, optim))
-        statistics.remember()
+        guard.statistics.remember()
         losses = []
         for number, raw in enumerate(batches):
-            with reduced(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
-                loss = task.loss(model, raw, state.step / settings.steps)
-            (loss.total / loss.nominal).backward()
+            with within_memory(raw, stream, state):
+                with reduced(model, last=number == len(batches) - 1), autocast(settings.precision, parallel.device):
+                    loss = task.loss(model, raw, state.step / settings.steps)
+                (loss.total / loss.nominal).backward()
             losses.append(loss)
         total, count, asked = parallel.sum(_own_sums(losses, around.stop))
         factor = losses[0].nominal * parallel.world / count.clamp(min=1)
@@ -161,7 +169,7 @@ def train(
         taken = Taken(state.step + 1, total / count.clamp(min=1), norm, asked, [(loss.tile, loss.per_sample) for loss in losses], batches)
         guard.take(taken)
         step_unless(taken.skipped, state.optimiser)
-        statistics.put_back(taken.skipped)
+        guard.statistics.put_back(taken.skipped)
         state.optimiser.zero_grad(set_to_none=True)
         state.step += 1
         speed.add(stream.settings.global_batch_size, waited)
@@ -222,6 +230,11 @@ def _losses(state: TrainState) -> dict[str, float]:
     means = {"train/loss": float(losses.mean()), "train/grad_norm": float(norms.mean())} if state.window else {}
     state.window = []
     return {**means, "train/skipped_steps": float(state.skipped), "train/lr": state.optimiser.param_groups[-1]["lr"]}
+
+
+def _keeper(task: Task, state: TrainState, box: BlackBox | None) -> Callable[[Judged], None] | None:
+    """Keeps a skipped step with all that is needed to run it again; None where nothing is kept."""
+    return None if box is None else lambda judged: box.write(task.facts(state.model), state, judged)
 
 
 @contextmanager

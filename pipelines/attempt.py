@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mae_core.black_box import BlackBox
 from mae_core.checkpoint import TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.flops import Work
@@ -87,8 +90,20 @@ def attempt(
             if tracker is not None:
                 tracker.metrics(what.metrics, what.step)
 
-        speed = speedometer(work, product_dtype(settings.precision, parallel.device), parallel)
-        yield Attempt(Surroundings(writer, stop, beats, speed), report, last, partial(_loop, stop, parallel, clock))
+        dtype = product_dtype(settings.precision, parallel.device)
+        box = BlackBox(folder / "black_box", config, "fp32" if dtype == torch.float32 else "bf16", parallel, _say(parallel))
+        around = Surroundings(writer, stop, beats, speedometer(work, dtype, parallel), box)
+        yield Attempt(around, report, last, partial(_loop, stop, parallel, clock))
+
+
+def _say(parallel: Parallel) -> Callable[[str], None]:
+    """Speaks to the user on the first process."""
+
+    def say(text: str) -> None:
+        if parallel.is_first:
+            console.print(text, style="yellow", markup=False)
+
+    return say
 
 
 @contextmanager

@@ -19,6 +19,7 @@ VERBS = (
     ("compare", "one choice at a time: the same pretraining with changes and seeds, judged by probes"),
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
     ("reconstruct", "pretraining run and images to rasters of what is there, what was shown and what was predicted"),
+    ("replay", "a step that was not finite, run again from its black box: where what is not finite comes from"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
     ("benchmark", "training step, preparation, loader and codecs against what the machine can do and against other libraries"),
@@ -70,6 +71,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
             from pipelines.predict import main as chosen
         case "reconstruct":
             from pipelines.reconstruct import main as chosen
+        case "replay":
+            from pipelines.replay import main as chosen
         case "convert":
             from pipelines.convert import main as chosen
         case "demo":

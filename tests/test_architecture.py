@@ -24,10 +24,10 @@ ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors artefacts foreground augment attention native vit "
     "sparse_conv encoders stopping pulse watchdog file_systems launch",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
-    "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence export weights band_transfer published "
-    "monai_export bootstrap case_metrics spool system_metrics publisher lost_ranks",
-    "wholes": "speed train evaluate segmentation labelling reconstruction probes tiling delivery registration tracking_store tracking "
-    "served_model figures store_sheet case_sheet finetune",
+    "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence exhaustion black_box export weights "
+    "band_transfer published monai_export bootstrap case_metrics spool system_metrics publisher lost_ranks",
+    "wholes": "speed train replay evaluate segmentation labelling reconstruction probes tiling delivery registration tracking_store "
+    "tracking served_model figures store_sheet case_sheet finetune",
 }
 HOMES = {
     "rasterio": [
@@ -82,7 +82,7 @@ HOMES = {
     "pyarrow": ["mae_core/store_folder.py", "mae_core/store_writer.py", "pipelines/catalogue.py"],
     "monai": ["mae_core/heads.py", "pipelines/benchmark_peers.py"],
     "transformers": ["pipelines/benchmark_peers.py"],
-    "safetensors": ["mae_core/checkpoint.py", "mae_core/export.py", "mae_core/weights.py"],
+    "safetensors": ["mae_core/black_box.py", "mae_core/checkpoint.py", "mae_core/export.py", "mae_core/weights.py"],
     "omegaconf": ["pipelines/command_line.py", "pipelines/config_files.py"],
     "yaml": ["pipelines/command_line.py", "pipelines/config_files.py"],
     "rich": ["pipelines/"],
