@@ -59,6 +59,20 @@ class LoaderError(ValueError):
     """The loader's settings do not fit the processes or the store; the message names the setting."""
 
 
+def share_of(settings: LoaderSettings, world: int) -> int:
+    """Samples of an update that each of so many processes sees.
+
+    Raises:
+        LoaderError: They cannot be divided so.
+    """
+    share, left = divmod(settings.global_batch_size, world)
+    if left:
+        raise LoaderError(f"loader.global_batch_size={settings.global_batch_size} cannot be divided among {world} processes")
+    if share % (settings.micro_batch_size or share):
+        raise LoaderError(f"loader.micro_batch_size={settings.micro_batch_size} does not divide a process's share of {share} samples")
+    return share
+
+
 @dataclass(frozen=True, eq=False)
 class Epoch:
     """The order of an epoch.
@@ -98,15 +112,7 @@ class Stream:
     _epochs: dict[int, Epoch] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        share, left = divmod(self.settings.global_batch_size, self.parallel.world)
-        if left:
-            raise LoaderError(
-                f"loader.global_batch_size={self.settings.global_batch_size} cannot be divided among {self.parallel.world} processes"
-            )
-        if share % (self.settings.micro_batch_size or share):
-            raise LoaderError(
-                f"loader.micro_batch_size={self.settings.micro_batch_size} does not divide a process's share of {share} samples"
-            )
+        share_of(self.settings, self.parallel.world)
         if not len(self.rows):
             raise LoaderError("there is no tile to train on")
 

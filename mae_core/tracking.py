@@ -24,7 +24,7 @@ from mae_core.export import WEIGHTS, Description
 from mae_core.publisher import Publisher, UnusableError
 from mae_core.settings import flatten
 from mae_core.spool import FOLDER, Known, Spool, new_key, new_spool, progress_of, spools_in
-from mae_core.stopping import Stopped
+from mae_core.stopping import Stopped, TakenOverError
 from mae_core.system_metrics import Sampler
 from mae_core.tracking_store import OFFLINE, Registered, TrackingError, TrackingSettings, artifact_folder, fetch_model, tracking_uri
 
@@ -107,6 +107,7 @@ class Tracker:
     ) -> Iterator[Tracker]:
         """The run, new or gone on with: FINISHED at the end, KILLED when stopped or interrupted, FAILED on any other exception.
 
+        Where another job has taken it over, it is that one's, and left as it is.
         Inside another tracker's run it is a child of that run.
 
         Args:
@@ -131,6 +132,9 @@ class Tracker:
                 yield self
         except (Stopped, KeyboardInterrupt):
             self._end(parent, "KILLED", {}, STOP_WAIT_S)
+            raise
+        except TakenOverError:
+            self._leave()
             raise
         except BaseException as error:
             at = max((at for key, at in self._known.steps.items() if not key.startswith("system/")), default=0)
@@ -336,6 +340,14 @@ class Tracker:
             publisher.drain(max(0.0, until - time.monotonic()))
         for publisher in (self._publisher, *self._children):
             publisher.stop()
+
+    def _leave(self) -> None:
+        """Neither tell nor publish anything more."""
+        assert self._spool is not None
+        self._spool.close()
+        for publisher in (self._publisher, *self._children):
+            if publisher is not None:
+                publisher.stop()
 
 
 def facts_of(spool: Spool, uri: str) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def attempt(
                 told_damage.append(list(stream.damaged.values())[len(told_damage)])
                 console.print(f"[yellow]damaged tile {len(told_damage)}, fed as wholly invalid[/]: {told_damage[-1]}")
             if tracker is not None:
+                confirm(folder)
                 tracker.metrics(what.metrics, what.step)
 
         dtype = product_dtype(settings.precision, parallel.device)

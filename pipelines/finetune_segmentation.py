@@ -41,6 +41,7 @@ from modalities.patients import of_patients
 from modalities.scene import SceneError
 from pipelines.attempt import attempt
 from pipelines.bands import store_matching
+from pipelines.before_training import checkpoint_bytes, training_problems
 from pipelines.case_report import summary as case_summary
 from pipelines.case_scores import Case, Judge, Row, held_out_cases, plain_rows, rows_from, table_of, write_csv
 from pipelines.command_line import run
@@ -417,8 +418,15 @@ def _register(job: Job, arm: str, tracker: Tracker) -> dict[str, Any]:
 
 
 def check(settings: FinetuneSettings) -> list[str]:
-    """Problems that only the disk can tell."""
-    return missing(settings) + model_problems(settings.encoder, settings.tracking, settings.out, load_encoder)
+    """Problems that only disk, machine and tracker can tell."""
+    sizes: list[int] = []
+
+    def load(folder: Path) -> None:
+        sizes.append(checkpoint_bytes(load_encoder(folder)[0]))
+
+    problems = missing(settings) + model_problems(settings.encoder, settings.tracking, settings.out, load)
+    runs = len(settings.seeds) * (2 if settings.init == "both" else 1)
+    return problems + training_problems(settings, sum(sizes), console.print, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field
 from mae_core.store import TileStore
 from modalities.catalogue import ReaderSettings
 from modalities.scene import SceneError
+from pipelines.before_training import training_problems
 from pipelines.crosswalk_option import refuse_crosswalk, refuse_inside, tell_crosswalk
 from pipelines.preparation import PreparationError, PrepareSettings
 from pipelines.preparation_plan import make_plan
@@ -59,6 +60,4 @@ def check_archive(recipe: ArchiveRecipe) -> list[str]:
     """Problems that only the disk can tell."""
     reader = getattr(recipe, "reader", None)
     problems = missing_paths(getattr(reader, "kind", None), {"data": recipe.data})
-    if recipe.out.is_file():
-        problems.append(f"out = {recipe.out}: is a file")
-    return problems
+    return problems + training_problems(recipe, 0, console.print)

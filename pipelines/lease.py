@@ -234,6 +234,27 @@ def read(folder: Path) -> Record | None:
         return None
 
 
+def look(folder: Path) -> tuple[str, bool]:
+    """Words for the job that seems to have a folder, empty where there is none, and whether that is sure; nothing is written."""
+    found = read(folder)
+    if found is None or found.ended:
+        return "", True
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return "", True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return found.words(), True
+    except OSError:
+        return found.words(), False
+    finally:
+        os.close(handle)
+    dead = found.kernel == _kernel() and (found.locked or (found.pids == _pids() and not _runs(found.pid)))
+    return ("", True) if dead else (found.words(), False)
+
+
 def age_s(folder: Path) -> float | None:
     """Seconds since the holder's last sign of life by the clock of the file system; None where there is no record."""
     probe = folder / f"{RECORD}.{uuid4().hex}.tmp"

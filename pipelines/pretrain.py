@@ -35,12 +35,13 @@ from mae_core.parallel import DeviceError, ParallelSettings, RankError, processe
 from mae_core.settings import Settings, to_plain
 from mae_core.sharding import gathered, shard
 from mae_core.store import StoreError, TileStore
-from mae_core.tracking import Tracker, TrackingError, TrackingSettings, tracking_uri
+from mae_core.tracking import Tracker, TrackingError, TrackingSettings
 from mae_core.train import TrainSettings, train
 from mae_core.vit import channel_groups
 from modalities.patients import PSEUDONYM_KEY, RESEARCH_USE, of_patients
 from pipelines.attempt import attempt
 from pipelines.bands import described
+from pipelines.before_training import checkpoint_bytes, training_problems
 from pipelines.command_line import run as run_verb
 from pipelines.compute_time import compute_of, compute_words
 from pipelines.contamination import files_of, trained_on
@@ -385,21 +386,20 @@ def work(settings: PretrainSettings) -> int:
 
 
 def check(settings: PretrainSettings) -> list[str]:
-    """Problems that only disk and tracker can tell."""
-    problems = []
+    """Problems that only disk, machine and tracker can tell."""
+    problems, state_bytes = [], 0
     try:
         store = TileStore.open(settings.store, "sizes")
         recipe = resolved(settings, store)
+        model = MaskedAutoencoder(recipe.model, store.channels)
+        state_bytes = checkpoint_bytes(model)
         begun = begun_from(settings.init, store, settings.tracking, settings.out)
         if begun is not None:
-            begun.fill(MaskedAutoencoder(recipe.model, store.channels).encoder, store, settings.init.new_bands)
+            begun.fill(model.encoder, store, settings.init.new_bands)
     except (StoreError, RunError, ModelError, TrackingError) as error:
         problems.append(str(error))
-    try:
-        tracking_uri(settings.tracking, settings.out)
-    except TrackingError as error:
-        problems.append(str(error))
-    if (found := peek(settings.out / "checkpoints")) is not None:
+    problems += training_problems(settings, state_bytes, console.print)
+    if not problems and (found := peek(settings.out / "checkpoints")) is not None:
         console.print(f"would resume at step {found['step']}")
     return problems
 

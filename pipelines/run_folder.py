@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from mae_core.export import Description, ModelError
 from mae_core.parallel import Parallel
 from mae_core.settings import differences, to_plain
-from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model
+from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model, tracking_uri
 from modalities.catalogue import ReaderSettings
 from modalities.patients import of_patients
 from pipelines.lease import hold
@@ -47,9 +47,9 @@ def begin(out: Path, verb: str, config: Mapping[str, Any], may_differ: Collectio
     Raises:
         RunError: The folder holds something else, or a run with other settings; the message lists them.
     """
-    if out.is_file():
-        raise RunError(f"--out {out} is a file; give the name of a folder")
     try:
+        if out.is_file():
+            raise RunError(f"--out {out} is a file; give the name of a folder")
         out.mkdir(parents=True, exist_ok=True)
         before = _read(out / CONFIG)
         if before is None:
@@ -150,6 +150,9 @@ def model_folder(name: str, tracking: TrackingSettings, out: Path) -> tuple[Path
         RunError: `name` is neither.
     """
     if name.startswith("models:/"):
+        uri = tracking_uri(tracking, out)
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():  # asking MLflow would make it
+            raise RunError(f"{name}: there is no registry at {uri}; set tracking.uri to where it was registered")
         return fetch_model(name, tracking, out)
     run_folder = Path(name)
     if not run_folder.is_dir():

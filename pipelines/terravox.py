@@ -22,6 +22,7 @@ VERBS = (
     ("replay", "a step that was not finite, run again from its black box: where what is not finite comes from"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("demo", "the whole line on a small sample, on any machine"),
+    ("doctor", "what would fail on this machine, or of a command, before it fails"),
     ("benchmark", "training step, preparation, loader and codecs against what the machine can do and against other libraries"),
 )
 """Every verb with what it does."""
@@ -79,6 +80,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
             from pipelines.demo import main as chosen
         case "benchmark":
             from pipelines.benchmark import main as chosen
+        case "doctor":
+            from pipelines.doctor import main as chosen
         case _:
             raise ValueError(f"{name} is no verb; verbs are {', '.join(name for name, _ in VERBS)}")
     return chosen

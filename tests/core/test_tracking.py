@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mae_core.stopping import TakenOverError
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings, fetch_model, redacted, tracking_uri
 from tests.tiny_runs import ROOT, environment, shared_tracking
 
@@ -115,6 +116,13 @@ def test_a_run_that_breaks_off_says_so(tracker: Tracker, error: BaseException, s
     assert status(tracker) == state
     kind = tracker.client.get_run(tracker.run_id).data.tags.get("failure")
     assert kind == (type(error).__name__ if state == "FAILED" else None)
+
+
+def test_a_run_that_another_job_has_taken_over_is_left_as_it_is(tracker: Tracker) -> None:
+    with pytest.raises(TakenOverError), tracker.run("taken over", None, {}, TAGS):
+        raise TakenOverError("by another")
+    assert status(tracker) == "RUNNING"
+    assert "failure" not in tracker.client.get_run(tracker.run_id).data.tags
 
 
 def test_a_killed_run_goes_on_as_one_run_with_each_step_once(settings: TrackingSettings, tracker: Tracker, tmp_path: Path) -> None:

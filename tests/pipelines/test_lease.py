@@ -18,6 +18,7 @@ from time import sleep
 
 import pytest
 
+from mae_core.flops import Work
 from mae_core.stopping import TakenOverError
 from pipelines import lease as lease_file
 from pipelines.attempt import attempt
@@ -309,7 +310,7 @@ def test_no_checkpoint_is_written_after_a_takeover(tmp_path: Path, tmp_path_fact
     folder = tmp_path / "scratch-seed0"
     with (
         hold(tmp_path, print, beat_s=60),
-        attempt("a run", folder, run.state, run.stream, run.recipe.train, {}, None) as going,
+        attempt(Work("a run", 1, None), folder, run.state, run.stream, run.recipe.train, {}, None) as going,
     ):
         assert going.surroundings.checkpoints is not None
         run.state.step = 1
