@@ -41,7 +41,9 @@ State = Literal["both", "missed", "invented", "absent"]
 class CaseSettings(Settings):
     """How cases are judged."""
 
-    nsd_tolerance_mm: float = Field(1.0, ge=0, description="Distance up to which a boundary voxel is right in NSD (surface Dice)")
+    nsd_tolerance_mm: float = Field(
+        1.0, ge=0, description="Distance up to which a boundary voxel is right in NSD (surface Dice); pixels in a picture of unknown size"
+    )
     lesion_neighbours: Literal["corners", "faces"] = Field(
         "corners", description="Voxels of one lesion touch by a corner at least (26 neighbours in 3-D), or by a face (6)"
     )

@@ -119,13 +119,21 @@ class XrayLabels:
             labels = _LABELS.get((self, *_stamp(self.path)), self._load)
             return labels[inside(window, labels.shape)].astype(np.int64)
 
+    def native(self) -> NDArray[Any]:
+        """Class numbers on the pixels of the file, not resampled."""
+        with about("the labels"):
+            return self._stored()
+
     def _load(self) -> NDArray[Any]:
+        return self.respacing.nearest(self._stored())
+
+    def _stored(self) -> NDArray[Any]:
         values = read_png(self.path, palette=True)
         if values.shape != self.respacing.source:
             raise SceneError(
                 f"a label picture of {values.shape} for a picture of {self.respacing.source}; bring it to the same size", "labels_elsewhere"
             )
-        return self.respacing.nearest(values)
+        return values
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,11 @@ class XrayScene:
         return ()
 
     @property
+    def spacing(self) -> tuple[float, ...]:
+        """Distance between rows and between columns of the file: in mm, or 1 where nobody knows it (`grid.unit` is then not mm)."""
+        return tuple(float(size) / step for size, step in zip(self.grid.spacing, self.respacing.step, strict=True))
+
+    @property
     def label_suffix(self) -> str:
         """Ending of a written label file."""
         return ".png"
@@ -194,6 +207,10 @@ class XrayScene:
             labels.read(tuple(slice(0, 1) for _ in self.grid.space))
         return labels
 
+    def native(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels `(row, column)` of this scene's grid on the pixels of its file."""
+        return np.asarray(self.respacing.nearest_back(labels), np.uint8)
+
     def write_labels(self, path: Path, labels: NDArray[np.uint8], no_label: int) -> None:
         """See `Scene.write_labels`: a PNG of the size of the file."""
         if not path.name.endswith(self.label_suffix):
@@ -203,7 +220,7 @@ class XrayScene:
                 f"{self.name}: got labels {labels.dtype} of shape {labels.shape} and no_label {no_label}; "
                 f"wanted uint8 of shape {self.grid.space} and a number from 0 to 255"
             )
-        write_png(path, self.respacing.nearest_back(labels))
+        write_png(path, self.native(labels))
 
     def _load(self) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         stored = self.picture.stored()

@@ -5,31 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mae_core.bootstrap import Interval, interval
-from mae_core.case_metrics import CaseScores, CaseSettings
+from mae_core.case_metrics import CaseSettings
+from modalities.volume_account import counted
 from pipelines.case_scores import Row
 from pipelines.progress import console, table
 
 MEAN = "mean of classes"
-MEASURES: dict[str, Callable[[CaseScores], float]] = {
-    "dice": lambda scores: scores.dice,
-    "hd95_mm": lambda scores: scores.hd95_mm,
-    "nsd": lambda scores: scores.nsd,
-    "volume_error_relative": lambda scores: scores.volume_error_relative,
-    "volume_error_absolute": lambda scores: abs(scores.volume_error_relative),
-    "volume_error_absolute_ml": lambda scores: abs(scores.volume_error_ml),
-    "lesion_precision": lambda scores: scores.lesion_precision,
-    "lesion_recall": lambda scores: scores.lesion_recall,
-    "lesion_f1": lambda scores: scores.lesion_f1,
+MEASURES: dict[str, Callable[[Row], float]] = {
+    "dice": lambda row: row.scores.dice,
+    "hd95_mm": lambda row: row.scores.hd95_mm if row.unit == "mm" else math.nan,
+    "hd95_pixels": lambda row: row.scores.hd95_mm if row.unit == "pixel" else math.nan,
+    "nsd": lambda row: row.scores.nsd if row.unit == "mm" else math.nan,
+    "nsd_pixels": lambda row: row.scores.nsd if row.unit == "pixel" else math.nan,
+    "volume_error_relative": lambda row: row.scores.volume_error_relative,
+    "volume_error_absolute": lambda row: abs(row.scores.volume_error_relative),
+    "volume_error_absolute_ml": lambda row: abs(row.scores.volume_error_ml) if row.axes == 3 else math.nan,
+    "lesion_precision": lambda row: row.scores.lesion_precision,
+    "lesion_recall": lambda row: row.scores.lesion_recall,
+    "lesion_f1": lambda row: row.scores.lesion_f1,
 }
-"""What is averaged over cases, by the name that it has in `result.json`."""
+"""What is averaged over cases, by the name that it has in `result.json`; in a picture, the error of a volume is that of an area."""
 
-SMALLER_IS_BETTER = ("hd95_mm", "volume_error_absolute", "volume_error_absolute_ml")
-PAIRED = ("dice", "hd95_mm", "nsd", "lesion_f1")
+SMALLER_IS_BETTER = ("hd95_mm", "hd95_pixels", "volume_error_absolute", "volume_error_absolute_ml")
+PAIRED = {
+    "dice": "Dice",
+    "hd95_mm": "HD95 (mm)",
+    "hd95_pixels": "HD95 (pixels)",
+    "nsd": "NSD",
+    "nsd_pixels": "NSD (pixels)",
+    "lesion_f1": "lesion F1",
+}
+"""What arms are compared by, and its name in words."""
 STATES = ("missed", "invented", "absent")
 
 Table = dict[str, dict[str, dict[str, float]]]
@@ -45,6 +57,7 @@ def summary(found: Mapping[tuple[str, int], Sequence[Row]], settings: CaseSettin
     arms = list(dict.fromkeys(arm for arm, _ in found))
     tables = {arm: by_case([rows for (own, _), rows in found.items() if own == arm]) for arm in arms}
     names = list(next(iter(tables.values()))["dice"])
+    measured = measures_of([row for rows in found.values() for row in rows])
 
     def over_cases(values: Mapping[str, float]) -> dict[str, Any]:
         cases = sorted(values)
@@ -62,7 +75,7 @@ def summary(found: Mapping[tuple[str, int], Sequence[Row]], settings: CaseSettin
         "cases": len(patients),
         "patients": len(set(patients.values())),
         "arms": {
-            arm: {name: {measure: over_cases(own[measure][name]) for measure in MEASURES} | _states(found, arm, name) for name in names}
+            arm: {name: {measure: over_cases(own[measure][name]) for measure in measured} | _states(found, arm, name) for name in names}
             for arm, own in tables.items()
         },
     }
@@ -72,10 +85,23 @@ def summary(found: Mapping[tuple[str, int], Sequence[Row]], settings: CaseSettin
             name: {
                 measure: over_cases({case: value - other[measure][name][case] for case, value in one[measure][name].items()})
                 for measure in PAIRED
+                if measure in measured
             }
             for name in names
         }
     return figures
+
+
+def measures_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The measures that cases of these kinds can have at all, whatever their classes hold."""
+    none = {
+        "mm": ("hd95_mm", "nsd"),
+        "pixel": ("hd95_pixels", "nsd_pixels"),
+        "volume": ("volume_error_absolute_ml",),
+    }
+    there = {row.unit for row in rows} | {"volume" for row in rows if row.axes == 3}
+    missing = {measure for what, measures in none.items() if what not in there for measure in measures}
+    return tuple(measure for measure in MEASURES if measure not in missing)
 
 
 def by_case(seeds: Sequence[Sequence[Row]]) -> Table:
@@ -89,7 +115,7 @@ def by_case(seeds: Sequence[Sequence[Row]]) -> Table:
             for rows in seeds:
                 for row in rows:
                     if row.name == name:
-                        values.setdefault(row.case, []).append(of(row.scores))
+                        values.setdefault(row.case, []).append(of(row))
             own[name] = {case: _mean(parts) for case, parts in values.items()}
         if len(names) > 1:
             own[MEAN] = {case: _mean([own[name][case] for name in names]) for case in own[names[0]]}
@@ -112,25 +138,31 @@ def tell_cases(figures: Mapping[str, Any]) -> None:
     """Print means with intervals for every class and arm, what they mean, and what the difference says."""
     settings = figures["settings"]
     confidence = settings["confidence"]
-    shown: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "Dice": lambda entry: _cell(entry["dice"]),
-        "HD95 mm": lambda entry: _cell(entry["hd95_mm"], 2),
-        f"NSD {settings['nsd_tolerance_mm']:g} mm": lambda entry: _cell(entry["nsd"]),
-        "volume off by": lambda entry: _cell(entry["volume_error_absolute"], percent=True),
-        "lesion F1": lambda entry: _cell(entry["lesion_f1"]),
-        "/".join(STATES): lambda entry: "/".join(str(entry[state]) for state in STATES),
+    tolerance = f"{settings['nsd_tolerance_mm']:g}"
+    shown: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+        "Dice": ("dice", _cell),
+        "HD95 mm": ("hd95_mm", partial(_cell, digits=2)),
+        "HD95 pixels": ("hd95_pixels", partial(_cell, digits=2)),
+        f"NSD {tolerance} mm": ("nsd", _cell),
+        f"NSD {tolerance} pixels": ("nsd_pixels", _cell),
+        "size off by": ("volume_error_absolute", partial(_cell, percent=True)),
+        "lesion F1": ("lesion_f1", _cell),
     }
     arms = figures["arms"]
-    rows = [
-        [("mean" if name == MEAN else name) if number == 0 else "", title, *(cell(arms[arm][name]) for arm in arms)]
-        for name in next(iter(arms.values()))
-        for number, (title, cell) in enumerate(shown.items())
-    ]
-    table(f"{figures['cases']} held-out cases of {figures['patients']} patients, each judged whole", ["class", "", *arms], rows)
+    rows = []
+    for name, known in next(iter(arms.values())).items():
+        first = "mean" if name == MEAN else name
+        for title, (measure, cell) in shown.items():
+            if measure in known:
+                rows.append([first, title, *(cell(arms[arm][name][measure]) for arm in arms)])
+                first = ""
+        rows.append(["", "mis/inv/abs", *("/".join(str(arms[arm][name][state]) for state in STATES) for arm in arms)])
+    what = f"{counted(figures['cases'], 'held-out case')} of {counted(figures['patients'], 'patient')}"
+    table(f"{what}, each judged whole", ["class", "", *arms], rows)
     console.print(
         f"In brackets: {confidence:.0%} bootstrap interval of the mean over cases, {settings['num_resamples']} resamples of patients. "
-        "Each case is judged on the lattice of its file. missed: in the reference and not predicted; invented: the other way round; "
-        "both are Dice 0, NSD 0 and HD95 of the image's diagonal. absent: in neither, and in no mean.",
+        "Each case is judged on the lattice of its file. mis/inv/abs count cases. missed: in the reference and not predicted; "
+        "invented: the other way round; both are Dice 0, NSD 0 and HD95 of the image's diagonal. absent: in neither, and in no mean.",
         markup=False,
     )
     for line in differences(figures):
@@ -143,8 +175,10 @@ def differences(figures: Mapping[str, Any]) -> list[str]:
         return []
     entries, confidence = figures["difference"], figures["settings"]["confidence"]
     name = MEAN if MEAN in entries else next(iter(entries))
-    told = {"dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD", "lesion_f1": "lesion F1"}
-    return [f"pretrained − scratch, {told[measure]}, {name}: {verdict(entries[name][measure], measure, confidence)}" for measure in PAIRED]
+    return [
+        f"pretrained − scratch, {PAIRED[measure]}, {name}: {verdict(entry, measure, confidence)}"
+        for measure, entry in entries[name].items()
+    ]
 
 
 def fewest_patients(confidence: float) -> int:
@@ -158,9 +192,9 @@ def verdict(entry: Mapping[str, Any], measure: str, confidence: float) -> str:
     found = Interval(mean, low, high, int(entry["cases"]), int(entry["patients"]))
     if not found.cases:
         return "no case has a value in both"
-    digits = 2 if measure == "hd95_mm" else 3
+    digits = 2 if measure.startswith("hd95") else 3
     numbers = f"{found.mean:+.{digits}f}"
-    pairs = f"{found.cases} cases of {found.patients} patients"
+    pairs = f"{counted(found.cases, 'case')} of {counted(found.patients, 'patient')}"
     if not found.is_known:
         return f"{numbers}, {pairs}: no interval can be given for one patient, so no difference is shown"
     numbers += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

@@ -120,7 +120,7 @@ class Job:
         parallel: This process.
         config: Resolved settings as they are recorded.
         parent: Registered version of the encoder, if it is known.
-        cases: Held-out scans; none where images are no volumes.
+        cases: Held-out scans and X-ray pictures; none where images show places.
         training_data: What the encoder was trained on, if it is known.
         verdict: Whether what is held out was among it; None for what shows no patients, and where no arm begins with the encoder.
     """
@@ -146,7 +146,7 @@ class Scored:
     Attributes:
         scores: By name, over all voxels of whole held-out tiles.
         confusion: Voxels by true and predicted class.
-        rows: Of every held-out case and class; none where images are no volumes.
+        rows: Of every held-out case and class; none where images show places.
     """
 
     scores: dict[str, float]
@@ -158,6 +158,8 @@ def work(settings: FinetuneSettings) -> int:
     """Do it."""
     folder, version = model_folder(settings.encoder, settings.tracking, settings.out)
     encoder, about = load_encoder(folder)
+    if settings.sheets and about.modality == "xray":
+        raise RunError("sheets=true draws the three planes of volumes, and these are X-ray pictures; leave it out")
     seen = load_training_data(folder)
     data = labelled_data(settings, about, seen if settings.split_like_pretraining else None)
     store, verdict = data.store, None

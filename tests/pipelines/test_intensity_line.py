@@ -56,6 +56,12 @@ def test_xray_pictures_go_from_files_to_label_maps(tmp_path: Path, tmp_path_fact
     assert finetune_segmentation.main([*places, *TINY, *words, "head.features=4"]) == 0
     result = json.loads((tmp_path / "segmenter" / "result.json").read_text())
     assert result["groups"]["val"] >= 1
+    cases = result["figures"]["cases"]
+    assert cases["cases"] == result["groups"]["val"]
+    (scores,) = [entry for name, entry in cases["arms"]["pretrained"].items() if name != "mean of classes"]
+    assert scores["dice"]["mean"] is not None
+    assert "hd95_pixels" in scores
+    assert "hd95_mm" not in scores
     assert predict.main([f"model={tmp_path / 'segmenter'}", f"data={data}", f"out={tmp_path / 'out'}", "overlap=0", uri]) == 0
     written = sorted((tmp_path / "out").glob("*_labels.png"))
     assert len(written) == 5
