@@ -191,7 +191,8 @@ def columns_of(wanted: Sequence[str], have: Sequence[str]) -> tuple[int, ...]:
     """
     if not set(wanted) & set(have):
         raise ModelError(
-            f"the data have channels {list(have)} and the model knows {list(wanted)}: none in common; name them alike in reader settings"
+            f"the data have channels {list(have)} and the model knows {list(wanted)}: none in common; name them alike in reader settings "
+            "(of scans: reader.sequence, reader.sequence_names)"
         )
     return tuple(list(have).index(name) if name in have else -1 for name in wanted)
 

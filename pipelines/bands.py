@@ -27,6 +27,9 @@ REMEDY = {
     "xray": "feed pictures through the reader that the model was trained with: reader.kind=xray, and leave out changes in reader",
     "ct": "feed CT in HU through the reader that the model was trained with: reader.kind=ct, and leave out changes in reader",
 }
+SCAN_UNITS = ("z-score", "percentile", "HU")
+OF_SCANS = "; scans are named by reader.sequence_names (by file) or reader.sequence (all), and put together by reader.sequences"
+"""What is more to do where channels are sequences of scans."""
 WINDOWS, SIDE = 3, 64
 """Windows per axis, and voxels per axis of a window, that a scene's values are sampled from."""
 
@@ -112,7 +115,7 @@ def matched(model: Sequence[Band], data: Sequence[Band], settings: BandSettings)
     try:
         return match_bands(model, data, settings)
     except BandError as error:
-        raise RunError(str(error)) from error
+        raise RunError(f"{error}{OF_SCANS if any(band.unit in SCAN_UNITS for band in data) else ''}") from error
 
 
 def refuse(about: Description, matching: Matching, values: Mapping[str, tuple[float, float]], settings: BandSettings, where: str) -> None:

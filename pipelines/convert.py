@@ -23,13 +23,14 @@ from mae_core.settings import Settings, to_plain
 from mae_core.tracking import TrackingError, TrackingSettings
 from mae_core.vit import Encoder
 from mae_core.weights import Transfer, WeightsError, read_tensors, weights_file, write_tensors
+from modalities.patients import of_patients
 from modalities.quality import NO_VALUE
 from pipelines.command_line import run
 from pipelines.contamination import files_of, load_training_data
 from pipelines.convert_bands import NewBandSettings, rebanded
 from pipelines.prepare import TILES
 from pipelines.progress import console, table
-from pipelines.run_folder import RESULT, RunError, begin, finish, model_folder, model_problems, reader_of
+from pipelines.run_folder import RESULT, RunError, begin, finish, model_folder, model_problems, reader_of, without_patterns
 
 DESCRIPTION = (
     "a published masked autoencoder becomes a model folder of ours; an encoder of ours one with other bands, or a file of weights for MONAI"
@@ -181,7 +182,8 @@ def describe(settings: ConvertSettings, published: Published, encoder: Encoder, 
         reader={"kind": modality, **own},
         lineage={"layout": published.layout.title, "source_weights": digest},
     )
-    return about.model_copy(update={"reader": to_plain(reader_of(about, settings.reader))})
+    reader = to_plain(reader_of(about, settings.reader))
+    return about.model_copy(update={"reader": without_patterns(reader) if of_patients(modality) else reader})
 
 
 def stated_heads(file: Path) -> int | None:

@@ -20,7 +20,7 @@ from mae_core.shards import DTYPES
 from mae_core.store_writer import StoreLayout, encode_json
 from modalities.grid import Grid
 from modalities.ground import centres
-from modalities.patients import PSEUDONYM_KEY
+from modalities.patients import PSEUDONYM_KEY, of_patients
 from modalities.scene import Channel, LabelMap, Scene, SceneError, fingerprint
 from pipelines.channel_conflicts import refuse_mixed
 from pipelines.frozen_split import FrozenSplit, Group, read_split, sides_of
@@ -157,7 +157,7 @@ def make_plan(
             **_where_set(settings),
             "split": settings.split.document() | ({"frozen": frozen.digest} if frozen else {}),
         },
-        "channels": [asdict(channel) for channel in _channels(scenes, earlier, allow_levels=settings.mix_levels)],
+        "channels": [asdict(channel) for channel in _channels(scenes, earlier, settings.mix_levels, str(attributes.get("kind", "")))],
         "dtype": _dtype(scenes),
         "labelled": bool(labels),
         "attributes": {key: value for key, value in attributes.items() if key != STATEMENTS},
@@ -172,7 +172,7 @@ def make_plan(
     groups = tuple(scene.group if grown is None else grown.groups[scene.name] for scene in scenes)
     first = 0 if earlier is None else earlier.free_tile
     tiles = plan_tiles(scenes, tile, settings.split, settings.tiles_per_shard, first, labelled=bool(labels))
-    sides = {} if frozen is None else _frozen_sides(frozen, scenes, groups, settings.split, attributes)
+    sides = {} if frozen is None else _frozen_sides(frozen, scenes, groups, settings.split, attributes, is_new=earlier is None)
     if earlier is None and frozen is None:
         held_out_groups(Counter(_planned_groups(scenes, groups, tiles, settings.split)), settings.split)
     of_scene = {number: list(places) for number, places in groupby(tiles, key=lambda place: place.scene)}
@@ -301,16 +301,32 @@ def _refuse_unwritable(attributes: Mapping[str, Any]) -> None:
 
 
 def _frozen_sides(
-    frozen: FrozenSplit, scenes: Sequence[Scene], groups: Sequence[str], split: SplitSettings, attributes: Mapping[str, Any]
+    frozen: FrozenSplit,
+    scenes: Sequence[Scene],
+    groups: Sequence[str],
+    split: SplitSettings,
+    attributes: Mapping[str, Any],
+    *,
+    is_new: bool,
 ) -> Mapping[str, str]:
-    """The side of every group, as a frozen split has it under any of its names or scans."""
+    """The side of every group, as a frozen split has it under any of its names or scans.
+
+    Raises:
+        PreparationError: It does not fit them, or leaves a new store nothing to train on.
+    """
     names: dict[str, list[str]] = {}
     scans: dict[str, set[str]] = {}
     for scene, group in zip(scenes, groups, strict=True):
         names.setdefault(group, []).extend((scene.group, *scene.patients))
         scans.setdefault(group, set()).update(scene.voxel_digests)
     found = {group: Group(tuple(names[group]), frozenset(scans[group])) for group in names}
-    return sides_of(frozen, found, split.unknown, str(attributes.get(PSEUDONYM_KEY, "")))
+    sides = sides_of(frozen, found, split.unknown, str(attributes.get(PSEUDONYM_KEY, "")))
+    if is_new and sides and "train" not in sides.values():
+        raise PreparationError(
+            f"prepare.split.file holds out all {len(sides)} groups of these data ({', '.join(sorted(set(sides.values())))}), and a store "
+            "needs tiles to train on; give the whole data that were frozen, or another split"
+        )
+    return sides
 
 
 def _described(channel: Channel) -> dict[str, Any]:
@@ -347,8 +363,11 @@ def _named(scenes: Sequence[Scene], labels: Mapping[str, LabelMap]) -> Mapping[s
     return labels
 
 
-def _channels(scenes: Sequence[Scene], earlier: Earlier | None, *, allow_levels: bool) -> tuple[Channel, ...]:
-    """The first scene's channels in its order, then what others add in theirs; one name means one thing in all of them."""
+def _channels(scenes: Sequence[Scene], earlier: Earlier | None, allow_levels: bool, kind: str) -> tuple[Channel, ...]:
+    """The first scene's channels in its order, then what others add in theirs; one name means one thing in all of them.
+
+    Those of patients by name: which of their scenes is the first depends on the key of the pseudonyms.
+    """
     refuse_mixed(scenes, allow_levels=allow_levels, before=() if earlier is None else earlier.store.attributes["channels"])
     channels: dict[str, Channel] = {}
     for scene in scenes:
@@ -357,7 +376,7 @@ def _channels(scenes: Sequence[Scene], earlier: Earlier | None, *, allow_levels:
             raise PreparationError(f"scene {scene.name} has channels {names}; it needs at least one, and each name once")
         for channel in scene.channels:
             channels.setdefault(channel.name, channel)
-    return tuple(channels.values())
+    return tuple(sorted(channels.values(), key=lambda channel: channel.name)) if of_patients(kind) else tuple(channels.values())
 
 
 def _dtype(scenes: Sequence[Scene]) -> str:

@@ -15,6 +15,7 @@ from mae_core.shards import StoreError
 from mae_core.store import TileStore
 from modalities.catalogue import scan
 from modalities.medical import MriSettings
+from modalities.pseudonyms import pseudonyms
 from pipelines.catalogue import main as catalogue
 from pipelines.catalogue import split_of
 from pipelines.frozen_split import (
@@ -203,6 +204,18 @@ def test_a_catalogue_freezes_the_split_of_its_patients(tmp_path: Path, capsys: p
     }
     assert catalogue(words) == 1
     assert "a frozen split is not overwritten" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for number in range(2):
+        patient(tmp_path / "data", f"sub-{number}", number)
+    names = [scene.group for scene in scan(tmp_path / "data", READER).scenes]
+    write_split(tmp_path / "split.json", FrozenSplit(key=pseudonyms().fingerprint, groups={name: Member(side="test") for name in names}))
+    with pytest.raises(
+        PreparationError, match=r"split\.file holds out all 2 groups of these data \(test\), and a store needs tiles to train"
+    ):
+        prepared(tmp_path / "data", tmp_path / "store", SplitSettings(file=tmp_path / "split.json"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_patients_who_share_a_scan_are_known_by_all_their_names(tmp_path: Path) -> None:

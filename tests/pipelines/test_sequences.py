@@ -68,7 +68,7 @@ def test_each_alone_then_together_then_one_lacks(
     artefacts = ["augment.artefacts.noise=1", "augment.artefacts.low_resolution=1"]
     run(pretrain_mri, *own, *TINY, *MODEL, f"model.encoder.kind={kind}", *decoder, *artefacts, "loader.global_batch_size=4")
     _, about = load_encoder(tmp_path / "pre" / "model")
-    assert (tuple(sorted(about.channels)), about.encoder.step) == (SEQUENCES, (8, 8, 4))
+    assert (about.channels, about.encoder.step) == (SEQUENCES, (8, 8, 4)), "by name, whatever the key of the pseudonyms"
     [path] = (tmp_path / "stores").iterdir()
     assert (TileStore.open(path).index.present.sum(axis=1) == 1).all(), "each scan is a scene of its own"
     fine = words(
@@ -152,3 +152,4 @@ def test_an_encoder_of_one_unnamed_sequence_goes_to_three_by_copies_and_is_refus
     assert finetune_segmentation.main([*fine, *bare]) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert "none in common; name them alike in the reader's settings" in told
+    assert "scans are named by reader.sequence_names" in told
