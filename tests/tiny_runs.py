@@ -148,12 +148,14 @@ class TinyRun:
     stream: Stream
     task: Pretraining
 
-    def train(self, last: int | None = None, checkpoints: Path | None = None, **around: Any) -> list[Report]:
+    def train(
+        self, last: int | None = None, checkpoints: Path | None = None, told: list[Report] | None = None, **around: Any
+    ) -> list[Report]:
         """Train to step `last` (default: the recipe's) of the schedule of the whole run; all reports. Checkpoints go into a folder.
 
-        A run that ends earlier is cut off from outside, as a kill would.
+        A run that ends earlier is cut off from outside, as a kill would; `told` holds the reports of one that raises, too.
         """
-        reports: list[Report] = []
+        reports: list[Report] = [] if told is None else told
 
         def report(what: Report) -> None:
             reports.append(what)
