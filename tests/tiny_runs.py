@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from mae_core.loader import Stream
 from mae_core.mae import MaskedAutoencoder
 from mae_core.optim import learning_rate, make_optimiser
 from mae_core.parallel import Parallel
+from mae_core.stopping import SIGNALS
 from mae_core.store import TileStore
 from mae_core.train import Report, Surroundings, train
 from modalities.quality import Quality
@@ -77,6 +79,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", sys.path[:])
     with one_thread():
         yield
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """What handled the signals before handles them after: a verb that was stopped leaves them without effect, since its process ends."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ import rasterio
 from mlflow import MlflowClient
 from rasterio.crs import CRS
 
+from mae_core.checkpoint import peek
 from modalities.pseudonyms import pseudonyms
 from pipelines import finetune_segmentation, predict, prepare, pretrain, pretrain_mri
 from tests.synthetic_rasters import north_up, write_raster
 from tests.synthetic_volumes import save_volume
-from tests.tiny_runs import logged_sheets, one_thread, quick, shared_tracking
+from tests.tiny_runs import logged_sheets, one_thread, quick, shared_tracking, signals_restored
 
 __all__ = ["quick"]
 
@@ -62,14 +66,48 @@ def rasters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert (
             pretrain.main(["--store", str(folder / "store"), "--out", str(folder / "encoder"), *ENCODER, *own, f"tracking.uri={uri}"]) == 0
         )
-        finetune(folder, uri, *RASTER_WORDS)
+        with pytest.MonkeyPatch.context() as patched, signals_restored():
+            patched.setattr(finetune_segmentation, "train", asked_to_stop_in(finetune_segmentation.train, 2))
+            assert finetune(folder, uri, *RASTER_WORDS) == 75
+        (folder / "first.json").write_text(json.dumps(arms_of(folder / "segmenter")))
+        assert finetune(folder, uri, *RASTER_WORDS) == 0
     return folder, uri
 
 
-def finetune(folder: Path, uri: str, *more: str) -> None:
+def finetune(folder: Path, uri: str, *more: str) -> int:
     places = {"encoder": "encoder", "data": "images", "labels": "labels", "out": "segmenter"}
     words = [f"{name}={folder / place}" for name, place in places.items()]
-    assert finetune_segmentation.main([*words, *TINY, *SEGMENTER, f"tracking.uri={uri}", *more]) == 0
+    return finetune_segmentation.main([*words, *TINY, *SEGMENTER, f"tracking.uri={uri}", *more])
+
+
+def asked_to_stop_in(train: Callable[..., None], arm: int) -> Callable[..., None]:
+    """The loop, in whose so-manieth call the process is sent SIGTERM."""
+    calls: list[str] = []
+
+    def told(*given: Any) -> None:
+        calls.append("one more")
+        if len(calls) == arm:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train(*given)
+
+    return told
+
+
+def arms_of(folder: Path) -> dict[str, dict[str, int]]:
+    """Of each arm the newest checkpoint's step, and when it was scored, if it was."""
+    found = {}
+    for arm in ("pretrained-seed0", "scratch-seed0"):
+        scores = folder / arm / "scores.json"
+        record = peek(folder / arm / "checkpoints")
+        found[arm] = {"step": record["step"]} | ({"scored": scores.stat().st_mtime_ns} if scores.is_file() else {})
+    return found
+
+
+def test_stopped_in_its_second_arm_a_fine_tuning_goes_on_there(rasters: tuple[Path, str]) -> None:
+    before, after = json.loads((rasters[0] / "first.json").read_text()), arms_of(rasters[0] / "segmenter")
+    assert before["scratch-seed0"] == {"step": 1}
+    assert before["pretrained-seed0"] == after["pretrained-seed0"]
+    assert (after["scratch-seed0"]["step"], "scored" in after["scratch-seed0"]) == (30, True)
 
 
 def test_both_arms_are_scored_on_the_same_held_out_groups(rasters: tuple[Path, str]) -> None:
@@ -92,7 +130,7 @@ def test_the_registered_segmenter_knows_its_encoder(rasters: tuple[Path, str]) -
 def test_a_second_call_tells_the_result_again(rasters: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     folder, uri = rasters
     before = (folder / "segmenter" / "result.json").read_bytes()
-    finetune(folder, uri, *RASTER_WORDS)
+    assert finetune(folder, uri, *RASTER_WORDS) == 0
     assert "is finished; its result is told again" in capsys.readouterr().out
     assert (folder / "segmenter" / "result.json").read_bytes() == before
 
