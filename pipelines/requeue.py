@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from mae_core.launch import launched
 from mae_core.stopping import REQUEUE, Stopped
 
 STOPPED = "stopped.json"
@@ -20,7 +21,7 @@ def tell_stop(verb: str, settings: BaseModel, stopped: Stopped) -> None:
 
     Where all processes of a job stop together, the first speaks for them.
     """
-    if stopped.together and os.environ.get("RANK", "0") != "0":
+    if stopped.together and launched(os.environ).rank:
         return
     print(f"terravox {verb}: {stopped}; run the same command again to go on", file=sys.stderr)
     from pipelines.run_folder import CONFIG, write_json  # loads torch, for which no verb is to wait

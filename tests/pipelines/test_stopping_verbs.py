@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from mae_core.checkpoint import peek
 from mae_core.evaluate import Pretraining
@@ -52,12 +53,20 @@ def struck(work: Callable[..., Any], number: int) -> Callable[..., Any]:
     return told
 
 
+def statuses(uri: str, name: str) -> list[str]:
+    """What the tracking store says of every run of that name."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("terravox")
+    return [run.info.status for run in client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")]
+
+
 def test_a_pretraining_that_is_stopped_again_and_again_gets_done(
     store: TileStore, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the loop, in its evaluation, in its last step, and while the model is exported."""
-    out = tmp_path / "run"
-    words = arguments(store, out, shared_tracking(tmp_path_factory), tracking__log_images=False, train__log_steps=2)
+    out = tmp_path / "stopped-often"
+    uri = shared_tracking(tmp_path_factory)
+    words = arguments(store, out, uri, tracking__log_images=False, train__log_steps=2)
     places = [
         (pretrain, "restore", signal.SIGTERM, None, "asked to stop (SIGTERM); what is finished is kept"),
         (Pretraining, "evaluate", signal.SIGUSR1, 5, "asked to stop (SIGUSR1); step 5 of 8 is saved"),
@@ -74,10 +83,12 @@ def test_a_pretraining_that_is_stopped_again_and_again_gets_done(
         assert (peek(out / "checkpoints") or {"step": None})["step"] == step
         assert json.loads((out / STOPPED).read_text()) == {"exit_code": REQUEUE}
         assert not (out / "result.json").exists()
+        assert step is None or statuses(uri, out.name) == ["KILLED"]
     assert pretrain.main(words) == 0
     assert (out / "result.json").is_file()
     assert not (out / STOPPED).exists()
     assert not (out / "ranks").exists()
+    assert statuses(uri, out.name) == ["FINISHED"]
 
 
 class NoSettings(Settings):
@@ -127,7 +138,8 @@ def test_the_first_speaks_where_all_stop_together_and_a_folder_that_is_no_run_ge
     assert not list(tmp_path.iterdir())
     assert "terravox prepare: asked; run" in capsys.readouterr().err
     (tmp_path / "config.json").touch()
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     tell_stop("pretrain", settings, Stopped("asked", together=True))
     assert capsys.readouterr().err == ""
     assert not (tmp_path / STOPPED).exists()
