@@ -56,7 +56,9 @@ class Attempt:
     def row(self, number: int) -> str:
         """A row of the table."""
         ended = self.ended
-        who = "" if self.strike is None or self.ranks == 1 else (" to all" if self.strike.rank < 0 else f" to rank {self.strike.rank % self.ranks}")
+        who = ""
+        if self.strike is not None and self.ranks > 1:
+            who = " to all" if self.strike.rank < 0 else f" to rank {self.strike.rank % self.ranks}"
         how = "ran to its end" if self.strike is None else f"{self.strike.how.name}{who} in {ended.phase}"
         began, step = ("–" if value is None else str(value) for value in (ended.began, ended.step))
         return f"| {number} | {self.ranks} | {self.threads} | {self.prefetch} | {began} | {step} | {how} | {ended.code} | {self.seconds:.0f} |"
@@ -94,7 +96,7 @@ def judge(quiet: Path, out: Path, uri: str, *, same_bits: bool) -> list[str]:
     same_steps = {key: [step for step, _ in points] for key, points in rows.items()} == {
         key: [step for step, _ in points] for key, points in known.items()
     }
-    lines.append(held(same_steps, "rows at the steps of the quiet run, in their order"))
+    lines.append(held(same_steps, "rows at the steps of the quiet run"))
     if same_bits:
         lines.append(held(rows == known, "every value in them is the quiet run's, bit for bit"))
         mine, its = tensors_of(out), tensors_of(quiet)

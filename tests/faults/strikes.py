@@ -121,15 +121,12 @@ def tensors_of(out: Path) -> dict[str, bytes]:
 
 
 def rows_of(uri: str, name: str) -> tuple[list[str], dict[str, list[tuple[int, float]]]]:
-    """Status of every run of a name, and the steps and values of its metrics in the order in which they came.
-
-    What tells of the machine is left out.
-    """
+    """Status of every run of a name, and the steps and values of its metrics by step; what tells of the machine is left out."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     found = client.search_experiments()
     runs = [run for run in client.search_runs([each.experiment_id for each in found]) if run.info.run_name == name]
     keys = [key for key in runs[0].data.metrics if not key.startswith((*OF_THE_MACHINE, "system/"))]
-    rows = {key: [(point.step, point.value) for point in client.get_metric_history(runs[0].info.run_id, key)] for key in sorted(keys)}
+    rows = {key: sorted((each.step, each.value) for each in client.get_metric_history(runs[0].info.run_id, key)) for key in sorted(keys)}
     return [run.info.status for run in runs], rows
