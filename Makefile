@@ -6,7 +6,7 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint format bench clean
+.PHONY: install demo test faults lint format bench clean
 
 install: $(STAMP)
 
@@ -25,6 +25,12 @@ demo: install
 test: lint
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --durations=10 $(ARGS)
+
+# The long injected faults too, as a table of what happened; then a pretraining that is killed twenty times, on one process and on one or two.
+faults: install
+	$(RUN) -m tests.faults.faults $(ARGS)
+	$(RUN) tests/faults/day.py
+	$(RUN) tests/faults/day.py --ranks 1 2 --kills 8 --seed 1
 
 lint: install
 	$(RUN) -m ruff check .

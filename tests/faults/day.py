@@ -61,7 +61,9 @@ class Attempt:
             who = " to all" if self.strike.rank < 0 else f" to rank {self.strike.rank % self.ranks}"
         how = "ran to its end" if self.strike is None else f"{self.strike.how.name}{who} in {ended.phase}"
         began, step = ("–" if value is None else str(value) for value in (ended.began, ended.step))
-        return f"| {number} | {self.ranks} | {self.threads} | {self.prefetch} | {began} | {step} | {how} | {ended.code} | {self.seconds:.0f} |"
+        return (
+            f"| {number} | {self.ranks} | {self.threads} | {self.prefetch} | {began} | {step} | {how} | {ended.code} | {self.seconds:.0f} |"
+        )
 
 
 def live(argv: Sequence[str], out: Path, kills: int, num_steps: int, ranks: Sequence[int], seed: int) -> list[Attempt]:
