@@ -185,10 +185,17 @@ class Stream:
 
     def _batch(self, rows: NDArray[np.int64], sample: Sample, parts: list[Future[PackedTiles]]) -> RawBatch:
         packed: PackedTiles = {name: {} for name in self.store.arrays}
-        for part in parts:
-            for name, chunks in part.result().items():
-                packed[name].update(chunks)
-        return unpack_rows(self.store, rows, sample, packed, self)
+        try:
+            for part in parts:
+                for name, chunks in part.result().items():
+                    packed[name].update(chunks)
+            return unpack_rows(self.store, rows, sample, packed, self)
+        except MemoryError as error:
+            raise LoaderError(
+                f"memory of this machine ran out while tiles {sample.tile.tolist()} of {self.store.label} were read ({error}); lower "
+                f"loader.prefetch={self.settings.prefetch}, loader.window_shards={self.settings.window_shards} or "
+                f"loader.num_threads={self.settings.num_threads} and run again: it goes on from the last checkpoint"
+            ) from error
 
     def damage(self) -> dict[str, float]:
         """Damaged tiles met so far, over all processes; nothing where none is tolerated."""
