@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mae_core.augment import RawBatch
-from mae_core.checkpoint import TrainState, seal, verify
+from mae_core.checkpoint import TrainState
 from mae_core.context import Context
 from mae_core.divergence import Judged, Taken
 from mae_core.masking import Sample
 from mae_core.parallel import Parallel
+from mae_core.sealed import seal, verify
 from mae_core.sharding import whole
 
 RECORD, BATCHES, WEIGHTS, OPTIMISER = "record.json", "batches.safetensors", "model.safetensors", "optimiser.safetensors"

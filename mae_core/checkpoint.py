@@ -1,21 +1,28 @@
-"""Checkpoints that are whole or absent: written aside, flushed, checksummed, renamed. No pickle anywhere."""
+"""What a checkpoint holds and how a training comes back from it: safetensors and JSON, whole or refused by name. No pickle anywhere."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MANIFEST = "manifest.json"
+from mae_core.full_state import names_by_number, optimiser_of, take_optimiser, take_weights, weights_of
+from mae_core.sealed import MANIFEST, verify
+
+FORMAT = 2
+WEIGHTS, OPTIMISER, RECORD, POINTER = "model.safetensors", "optimiser.safetensors", "state.json", "latest"
+RANDOM = "rng/torch"
+NAME = re.compile(r"step-(\d{8,})")
+
+Say = Callable[[str], None]
 
 
 class CheckpointError(RuntimeError):
@@ -45,191 +52,188 @@ class TrainState:
     skipped_in_row: int = 0
 
 
-def save(state: TrainState, folder: Path, settings: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN`, then drop all but the newest `keep` checkpoints.
+class Stored(NamedTuple):
+    """What a checkpoint holds: its record, weights by name, and the optimiser's state by `parameter/entry` with torch's random state."""
 
-    Raises:
-        CheckpointError: The disk is full or not writable; earlier checkpoints are intact.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    final = folder / f"step-{state.step:08d}"
-    aside = folder / f"step-{state.step:08d}.tmp"
-    try:
-        for leftover in folder.glob("step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_file(_weights(state.model), aside / "model.safetensors")
-        save_file(_optimiser_tensors(state), aside / "optimiser.safetensors")
-        record = {
-            "step": state.step,
-            "run_id": state.run_id,
-            "window": state.window,
-            "skipped": state.skipped,
-            "skipped_in_row": state.skipped_in_row,
-            "settings": dict(settings),
-            "torch": torch.__version__,
-        }
-        (aside / "state.json").write_text(json.dumps(record, indent=1, sort_keys=True))
-        seal(aside)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint of step {state.step} could not be written to {folder}: {error}; "
-            f"earlier checkpoints are intact, {advice(error)} and run again"
-        ) from error
-    found = steps(folder)
-    count = found.index(final) + 1
-    for old in (*found[: max(0, count - keep)], *found[count:]):  # later ones are damaged: the run went on from before them
-        shutil.rmtree(old)
-    return final
+    record: dict[str, Any]
+    weights: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
 
 
-def restore(state: TrainState, folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def restore(state: TrainState, folder: Path, say: Say) -> dict[str, Any] | None:
     """Load the newest sound checkpoint into `state`; its record, or None where there is no checkpoint yet.
 
-    A damaged checkpoint is named through `say` and the one before it is taken.
+    It is the one that the pointer names. A damaged checkpoint is named through `say` and the one before it is taken.
 
     Raises:
-        CheckpointError: There are checkpoints and none is sound, or one does not fit the model.
+        CheckpointError: There are checkpoints and none is sound, or one is of a later format, not to be trusted or of another model.
     """
-    from safetensors.torch import load_file
-
-    found = steps(folder)
-    for path in reversed(found):
-        problem = verify(path)
-        if problem:
-            say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
-            continue
-        record: dict[str, Any] = json.loads((path / "state.json").read_text())
-        _load_weights(state.model, load_file(path / "model.safetensors"), path)
-        _load_optimiser(state, load_file(path / "optimiser.safetensors"))
+    for path in _sound(folder, say):
+        stored = _migrated(_read(path), state, path, say)
+        try:
+            take_weights(state.model, stored.weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} holds another model than the settings describe: {error}") from error
+        torch.set_rng_state(stored.optimiser.pop(RANDOM))
+        try:
+            take_optimiser(state.model, state.optimiser, stored.optimiser)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds the state of another optimiser than the settings describe: {error}") from error
+        record = stored.record
         state.step, state.run_id = record["step"], record["run_id"]
-        state.window = [(loss, norm) for loss, norm in record.get("window", [])]
-        state.skipped, state.skipped_in_row = record.get("skipped", 0), record.get("skipped_in_row", 0)
+        state.window = [(loss, norm) for loss, norm in record["window"]]
+        state.skipped, state.skipped_in_row = record["skipped"], record["skipped_in_row"]
         return record
-    if found:
+    if found := steps(folder):
         raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is sound; start again with another --out")
     return None
 
 
-def restore_weights(model: nn.Module, folder: Path, say: Callable[[str], None]) -> int:
+def restore_weights(model: nn.Module, folder: Path, say: Say) -> int:
     """Load the weights of the newest sound checkpoint into a model; the step that they are of.
 
     Raises:
-        CheckpointError: There is no sound checkpoint, or it does not fit the model.
+        CheckpointError: There is no sound checkpoint, or it is of a later format, not to be trusted or of another model.
     """
-    from safetensors.torch import load_file
-
-    for path in reversed(steps(folder)):
-        problem = verify(path)
-        if not problem:
-            _load_weights(model, load_file(path / "model.safetensors"), path)
-            return int(json.loads((path / "state.json").read_text())["step"])
-        say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+    for path in _sound(folder, say):
+        stored = _read(path)
+        try:
+            take_weights(model, stored.weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} holds another model than the settings describe: {error}") from error
+        return int(stored.record["step"])
     raise CheckpointError(f"{folder} holds no sound checkpoint, which the decoder is in; give the folder of a run that still has its own")
 
 
 def peek(folder: Path) -> dict[str, Any] | None:
     """Record of the newest sound checkpoint without loading it."""
-    for path in reversed(steps(folder)):
-        if not verify(path):
-            record: dict[str, Any] = json.loads((path / "state.json").read_text())
-            return record
+    for path in _sound(folder, _silent):
+        record: dict[str, Any] = json.loads((path / RECORD).read_text())
+        return record
     return None
 
 
 def steps(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".tmp")
+    return sorted((path for path in folder.glob("step-*") if path.is_dir() and NAME.fullmatch(path.name)), key=step_of)
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of a folder (name, bytes, SHA-256 of each file) and flush everything to disk."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=1, sort_keys=True))
-    for path in (*files, folder / MANIFEST):
-        shutil.copymode(folder / MANIFEST, path)
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_folder(folder)
+def step_of(path: Path) -> int:
+    """The step of a finished checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, or None."""
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that the pointer names, or None where there is no pointer that can be read."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
-        if not entries:
-            return f"{MANIFEST} lists nothing"
-        for name, entry in entries.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-            if sha256(path) != entry["sha256"]:
-                return f"{name} fails its SHA-256"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    return None
+        name = (folder / POINTER).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return folder / name if NAME.fullmatch(name) else None
 
 
-def advice(error: Exception) -> str:
-    """What to do about an error of writing. Safetensors tells the number of a system error in words only."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    is_full = getattr(error, "errno", None) in full or any(f"os error {code})" in str(error) for code in full)
-    return "free some space" if is_full else "check the folder"
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    found = verify(path)
+    if found:
+        return found
+    listed = json.loads((path / MANIFEST).read_text())
+    missing = [name for name in (WEIGHTS, OPTIMISER, RECORD) if name not in listed]
+    return f"{MANIFEST} does not list {', '.join(missing)}" if missing else None
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def state_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a training by file and name: weights, and the optimiser's state with torch's random state."""
+    optimiser = {RANDOM: torch.get_rng_state(), **optimiser_of(state.model, state.optimiser)}
+    return {WEIGHTS: weights_of(state.model), OPTIMISER: optimiser}
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sound(folder: Path, say: Say) -> Iterator[Path]:
+    """Sound checkpoints: the one that the pointer names, those before it, and last those behind it, which were never vouched for.
+
+    Damaged ones are told, and a pointer that is no help.
+
+    Raises:
+        CheckpointError: Another user may have altered them.
+    """
+    found = steps(folder)
+    if not found:
+        return
+    refuse_others([folder])
+    latest = newest(folder)
+    if latest not in found:
+        if (folder / POINTER).exists():
+            what = "cannot be read" if latest is None else f"names {latest.name}, which is not there"
+            say(f"the pointer {POINTER} {what}; the newest sound checkpoint is taken")
+        latest = found[-1]
+    until = found.index(latest) + 1
+    for path in (*reversed(found[:until]), *reversed(found[until:])):
+        refuse_others([path, *path.iterdir()])
+        wrong = problem(path)
+        if wrong is None:
+            yield path
+        else:
+            say(f"checkpoint {path.name} is damaged ({wrong}); trying the one before it")
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def refuse_others(paths: Iterable[Path]) -> None:
+    """Refuse what belongs to another user and can be written by more than its owner.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    for path in paths:
+        found = path.stat()
+        if found.st_uid != os.geteuid() and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CheckpointError(
+                f"{path} belongs to another user (uid {found.st_uid}) and more than its owner may write to it, so what it holds cannot "
+                "be trusted; make a copy of your own, or have its owner run chmod -R go-w on it"
+            )
 
 
-def _load_weights(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} holds another model than the settings describe: {error}") from error
+def _read(path: Path) -> Stored:
+    """What a sound checkpoint of a known format holds.
+
+    Raises:
+        CheckpointError: It is of a format of later versions.
+    """
+    from safetensors.torch import load_file
+
+    record: dict[str, Any] = json.loads((path / RECORD).read_text())
+    if record.get("format", 1) > FORMAT:
+        wrote = record.get("versions", {}).get("terravox", "(not known)")
+        raise CheckpointError(
+            f"{path} is of format {record['format']}, written by terravox {wrote}; this terravox reads formats 1 to {FORMAT}. "
+            "Go on with the version that wrote it, or start again with another --out"
+        )
+    return Stored(record, load_file(path / WEIGHTS), load_file(path / OPTIMISER))
 
 
-def _optimiser_tensors(state: TrainState) -> dict[str, Tensor]:
-    """The optimiser's state by number of the parameter, and torch's random state."""
-    tensors = {"rng/torch": torch.get_rng_state()}
-    for number, entries in state.optimiser.state_dict()["state"].items():
-        for name, value in entries.items():
-            tensors[f"{number}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
+def _migrated(stored: Stored, state: TrainState, path: Path, say: Say) -> Stored:
+    """What a checkpoint of an older format says in today's; each step is told."""
+    while (was := stored.record.get("format", 1)) < FORMAT:
+        migrate = MIGRATIONS[was]
+        stored = migrate(stored, state)
+        stored.record["format"] = was + 1
+        say(f"checkpoint {path.name} is of format {was}; migration {migrate.__name__} brings it to format {was + 1}")
+    return stored
 
 
-def _load_optimiser(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("rng/torch"))
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, name = key.split("/")
-        entries.setdefault(int(number), {})[name] = value
-    plain = state.optimiser.state_dict()
-    plain["state"] = entries
-    state.optimiser.load_state_dict(plain)
+def parameters_by_name(stored: Stored, state: TrainState) -> Stored:
+    """Format 1 to 2: the optimiser's state stands under names of parameters instead of their numbers."""
+    names = names_by_number(state.model, state.optimiser)
+    renamed = {}
+    for key, value in stored.optimiser.items():
+        number, _, entry = key.partition("/")
+        if key != RANDOM and int(number) >= len(names):
+            raise CheckpointError(f"the checkpoint holds the state of parameter {number} and {len(names)} are trained here")
+        renamed[key if key == RANDOM else f"{names[int(number)]}/{entry}"] = value
+    return Stored({"window": [], "skipped": 0, "skipped_in_row": 0, **stored.record}, stored.weights, renamed)
+
+
+MIGRATIONS: dict[int, Callable[[Stored, TrainState], Stored]] = {1: parameters_by_name}
+"""By the format that each begins with."""
+
+
+def _silent(_: str) -> None:
+    """Say nothing: nothing is loaded."""

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mae_core.bands import BandSettings
-from mae_core.checkpoint import advice, seal, sha256, verify
 from mae_core.encoders import AnyEncoder, EncoderChoice, build_encoder
 from mae_core.heads import HeadSettings, Segmenter
+from mae_core.sealed import advice, seal, sha256, verify
 from mae_core.settings import Settings
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "model.json", "README.md"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, load_description
 from mae_core.publisher import RefusedError
+from mae_core.sealed import sha256
 from mae_core.spool import Entry, Progress, Spool
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mae_core.checkpoint import sha256
 from mae_core.delivery import Delivery, connect, redacted
 from mae_core.export import WEIGHTS, Description
 from mae_core.publisher import Publisher, UnusableError
+from mae_core.sealed import sha256
 from mae_core.settings import flatten
 from mae_core.spool import FOLDER, Known, Spool, new_key, new_spool, progress_of, spools_in
 from mae_core.stopping import Stopped, TakenOverError

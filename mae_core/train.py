@@ -37,6 +37,9 @@ class TrainSettings(Settings):
     eval_tiles: int = Field(64, ge=1, description="Held-out tiles that are evaluated, spread evenly over all of them")
     checkpoint_steps: int = Field(200, ge=1, description="Updates between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that stay on disk")
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="A checkpoint is written at multiples of this, too, and stays on disk for ever; null: none does"
+    )
     max_skipped_in_row: int = Field(
         5, ge=1, description="Steps in a row whose loss or gradient is not finite, and that make no update, after which the run stops"
     )
@@ -182,7 +185,7 @@ def train(
             with speed.paused(), undivided(state.model), _evaluating(model), autocast(settings.precision, parallel.device):
                 report(Report(state.step, dict(task.evaluate(state.model, state.step))))
         stop = guard.asked and state.step < settings.steps
-        if around.checkpoints is not None and (stop or _due(state.step, settings.checkpoint_steps, settings)):
+        if around.checkpoints is not None and (stop or _saves(state.step, settings)):
             around.pulse.beat(state.step, "save")
             guard.settle()
             check_weights(state, parallel)
@@ -244,6 +247,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         yield
     model.train()
+
+
+def _saves(step: int, settings: TrainSettings) -> bool:
+    for_ever = settings.keep_every_steps
+    return _due(step, settings.checkpoint_steps, settings) or (for_ever is not None and step % for_ever == 0)
 
 
 def _due(step: int, every: int, settings: TrainSettings) -> bool:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mae_core.checkpoint import advice
+from mae_core.sealed import advice
 
 Kind = Literal["copied", "permuted", "computed", "interpolated", "folded", "borrowed", "new", "dropped"]
 WRAPPERS = ("model", "state_dict")

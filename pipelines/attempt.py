@@ -77,7 +77,8 @@ def attempt(
                 tracker.covered(step)
 
         keep, permitted = settings.keep_checkpoints, partial(confirm, folder)
-        writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted))
+        for_ever = settings.keep_every_steps
+        writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted, for_ever))
 
         stack.enter_context(lost_ranks_named(parallel, beats, folder))
 

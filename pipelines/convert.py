@@ -14,11 +14,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_encoder, save_model
 from mae_core.monai_export import LAYER_NORM_EPS, to_monai
 from mae_core.nd import per_axis, token_grid
 from mae_core.published import Published, import_encoder, recognise
+from mae_core.sealed import sha256
 from mae_core.settings import Settings, to_plain
 from mae_core.tracking import TrackingError, TrackingSettings
 from mae_core.vit import Encoder

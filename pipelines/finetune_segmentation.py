@@ -21,7 +21,7 @@ from pydantic import Field
 from mae_core.augment import LabelledAugmentSettings
 from mae_core.bands import BandSettings
 from mae_core.case_metrics import CaseSettings
-from mae_core.checkpoint import TrainState, restore, sha256
+from mae_core.checkpoint import TrainState, restore
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_encoder, save_model
 from mae_core.flops import segmentation_work
@@ -30,6 +30,7 @@ from mae_core.heads import HeadSettings, Segmenter
 from mae_core.loader import LoaderSettings, Stream
 from mae_core.optim import OptimSettings, learning_rate, make_optimiser
 from mae_core.parallel import Parallel, ParallelSettings, processes
+from mae_core.sealed import sha256
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
 from mae_core.sharding import gathered, shard
 from mae_core.store import Split, TileStore

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mae_core.bands import Matching
-from mae_core.checkpoint import sha256
 from mae_core.export import WEIGHTS, Description, ModelError, load_description, load_segmenter
 from mae_core.labelling import Labeller
 from mae_core.launch import LaunchError
 from mae_core.parallel import DeviceError, RankError, processes
+from mae_core.sealed import sha256
 from mae_core.settings import Settings
 from mae_core.spool import FOLDER
 from mae_core.tracking import Tracker, TrackingError, TrackingSettings

@@ -83,6 +83,7 @@ MAY_DIFFER = (
     "train.log_steps",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
     "train.watchdog",
     "train.max_skipped_in_row",
     "parallel",

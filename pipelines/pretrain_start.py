@@ -13,7 +13,6 @@ from pydantic import Field
 from mae_core.augment import AugmentSettings, Normaliser
 from mae_core.band_transfer import NewBands, transfer_bands
 from mae_core.bands import BandSettings, bands_of
-from mae_core.checkpoint import sha256
 from mae_core.encoders import AnyEncoder
 from mae_core.evaluate import PerceptualLoss
 from mae_core.export import WEIGHTS, Description, load_encoder
@@ -21,6 +20,7 @@ from mae_core.loader import spacings
 from mae_core.native import common_footprint
 from mae_core.nd import token_grid
 from mae_core.perceptual import PerceptualTerm
+from mae_core.sealed import sha256
 from mae_core.settings import Settings
 from mae_core.store import TileStore
 from mae_core.tracking import TrackingSettings

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mae_core.bands import BandSettings
-from mae_core.checkpoint import sha256
 from mae_core.encoders import AnyEncoder, build_encoder
 from mae_core.export import WEIGHTS, Description, load_encoder
 from mae_core.parallel import Parallel, processes
 from mae_core.probes import PIXELS, LinearSettings, Samples, classification_measures, collect, knn, linear_probe
+from mae_core.sealed import sha256
 from mae_core.segmentation import Segmentation, confusion
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from mae_core.bands import BandSettings
-from mae_core.checkpoint import CheckpointError, restore_weights, sha256
+from mae_core.checkpoint import CheckpointError, restore_weights
 from mae_core.evaluate import EVALUATION_SEED
 from mae_core.export import WEIGHTS, Description, ModelError, load_description
 from mae_core.labelling import Source
@@ -26,6 +26,7 @@ from mae_core.mae import MaskedAutoencoder
 from mae_core.masking import AnyHiding, at_progress
 from mae_core.parallel import DeviceError, RankError, processes
 from mae_core.reconstruction import Reconstruction, Reconstructor
+from mae_core.sealed import sha256
 from mae_core.settings import Settings, to_plain
 from mae_core.targets import HogTarget
 from mae_core.tiling import strips

@@ -22,10 +22,10 @@ PACKAGES = ("mae_core", "modalities", "pipelines")
 ARROWS = {"modalities": set(), "mae_core": set(), "pipelines": {"modalities", "mae_core"}, "tests": set(PACKAGES)}
 ROWS = {
     "ground": "settings nd bands masking context positions targets hog errors artefacts foreground augment attention native vit "
-    "sparse_conv encoders stopping pulse watchdog file_systems launch",
+    "sparse_conv encoders stopping pulse watchdog file_systems launch sealed snapshot",
     "parts": "decoders mae perceptual flops heads memory chunks histogram store_files shards store_folder store_writer store_view store "
-    "store_check loader optim parallel sharding checkpoint checkpoint_writer divergence exhaustion black_box export weights "
-    "band_transfer published monai_export bootstrap case_metrics spool system_metrics publisher lost_ranks",
+    "store_check loader optim parallel sharding full_state checkpoint checkpoint_writer divergence exhaustion black_box export "
+    "weights band_transfer published monai_export bootstrap case_metrics spool system_metrics publisher lost_ranks",
     "wholes": "speed train replay evaluate segmentation labelling reconstruction probes tiling delivery registration tracking_store "
     "tracking served_model figures store_sheet case_sheet finetune",
 }

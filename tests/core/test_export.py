@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mae_core import export
-from mae_core.checkpoint import seal, sha256
 from mae_core.export import Description, ModelError, load_description, load_encoder, load_segmenter, save_model
 from mae_core.heads import HeadSettings, Segmenter
+from mae_core.sealed import seal, sha256
 from mae_core.vit import Encoder, EncoderSettings
 
 ENCODER = EncoderSettings(preset="nano", patch=(4, 4))

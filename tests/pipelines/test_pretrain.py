@@ -21,10 +21,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from mae_core.checkpoint import seal, sha256, steps
 from mae_core.export import load_encoder
 from mae_core.nd import patchify
 from mae_core.parallel import Parallel
+from mae_core.sealed import seal, sha256
 from mae_core.store import TileStore
 from mae_core.tracking import Registered, TrackingSettings, fetch_model
 from pipelines import pretrain as verb
@@ -131,7 +131,8 @@ def test_the_folder_holds_what_it_should(finished: Finished) -> None:
         for step in (6, 8)
         for name, end in (("model", "safetensors"), ("optimiser", "safetensors"), ("state", "json"), ("manifest", "json"))
     }
-    told = {f"tracking/run-0001/{name}" for name in ("spool.jsonl", "published.json", "lock")}
+    told = {"checkpoints/latest", "compute.json", "model/README.md"}
+    told |= {f"tracking/run-0001/{name}" for name in ("spool.jsonl", "published.json", "lock")}
     assert files == whole | kept | told | {f"panels/step-{step:08d}.png" for step in (4, 8)}
 
 
@@ -325,7 +326,7 @@ def test_a_checkpoint_of_a_run_that_is_not_there_is_told(
 ) -> None:
     shutil.copytree(finished.out, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    for folder in steps(tmp_path / "run" / "checkpoints"):
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
         record = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps({**record, "run_id": "f" * 32}))
         seal(folder)
@@ -352,11 +353,11 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes_as_one_run(
     finished: Finished, store: TileStore, uri: str, client: MlflowClient, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Killed with SIGKILL behind the checkpoint of step 3, while step 4 is already told to the tracker and its picture drawn."""
-    out = tmp_path / "killed"
-    argv = arguments(store, out, uri)
+    argv = arguments(store, out := tmp_path / "killed", uri)
     with subprocess.Popen([sys.executable, str(SCRIPT), *argv], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
         patience = time.monotonic() + 120
-        while not (out / "panels" / "step-00000004.png").exists() and job.poll() is None and time.monotonic() < patience:
+        there = (out / "panels" / "step-00000004.png", out / "checkpoints" / "latest")
+        while not all(map(Path.exists, there)) and job.poll() is None and time.monotonic() < patience:
             time.sleep(0.005)
         job.kill()
         text = job.communicate()[0].decode()

@@ -12,13 +12,14 @@ import rasterio
 import torch
 from rio_cogeo import cog_validate
 
-from mae_core.checkpoint import TrainState, save
+from mae_core.checkpoint import TrainState
 from mae_core.export import Description, save_model
 from mae_core.mae import MaskedAutoencoder
 from mae_core.settings import to_plain
 from pipelines import reconstruct
 from tests.synthetic_rasters import UTM, north_up, write_raster
 from tests.tiny_runs import quick, tiny_recipe
+from tests.tiny_states import save
 
 __all__ = ["quick"]
 
@@ -33,9 +34,9 @@ def make_run(folder: Path, **changes: object) -> Path:
     model = MaskedAutoencoder(recipe.model, NAMES)
     (folder / "checkpoints").mkdir(parents=True)
     state = TrainState(model, torch.optim.AdamW(model.parameters()), 4, "run")
-    save(state, folder / "checkpoints", {}, 9)
+    save(state, folder / "checkpoints")
     state.step = 8
-    save(state, folder / "checkpoints", {}, 9)
+    save(state, folder / "checkpoints")
     settings = to_plain(recipe) | {"store_digest": "x"}
     (folder / "config.json").write_text(json.dumps({"verb": "pretrain", "settings": settings}))
     about = Description(
