@@ -130,7 +130,7 @@ class Delivery:
             found = self.client.search_runs([self.progress.experiment_id], f"tags.`{SPOOL_TAG}` = '{record['key']}'", max_results=1)
             tags = {**record["tags"], SPOOL_TAG: record["key"], **({"mlflow.parentRunId": parent} if parent else {})}
             made = found[0] if found else self.client.create_run(self.progress.experiment_id, record["time_ms"], tags, record["name"])
-            self.progress.run_id = made.info.run_id
+            self.progress.run_id, self.progress.uri = made.info.run_id, redacted(self.uri)
             self.progress.save()
         from mlflow.entities import Param
 
@@ -143,7 +143,8 @@ class Delivery:
         found = self.client.get_run(run_id)
         own = [key for key in found.data.metrics if not key.startswith("system/")]
         self.progress.before = {key: max(point.step for point in self.client.get_metric_history(run_id, key)) for key in own}
-        self.progress.run_id, self.progress.experiment_id = run_id, found.info.experiment_id
+        self.progress.run_id, self.progress.uri = run_id, redacted(self.uri)
+        self.progress.experiment_id = found.info.experiment_id
         self.progress.save()
 
     def _parent(self, record: Record) -> str:

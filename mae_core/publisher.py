@@ -151,6 +151,12 @@ class Publisher:
             self._note()
         self._note()
 
+    def why(self, error: Exception) -> str:
+        """What is wrong, in a few words without names, paths and passwords."""
+        if isinstance(error, BusyError):
+            return str(error)
+        return type(error).__name__ if self._receiver is None else self._receiver.why(error)
+
     def release(self) -> None:
         """Another process may tell the spool."""
         if self._lock >= 0:
@@ -200,7 +206,7 @@ class Publisher:
                 self._change.notify_all()
             return 0.0
         except Exception as error:  # whatever the store or its library does, training goes on
-            why = str(error) if isinstance(error, BusyError) or self._receiver is None else self._receiver.why(error)
+            why = self.why(error)
             with self._change:
                 self._failures += 1
                 first, self.lost = not self.lost, why

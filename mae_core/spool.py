@@ -249,6 +249,7 @@ class Progress:
     Attributes:
         path: The file.
         offset: Byte up to which lines are told.
+        uri: Of the store that the run was made in, without a password.
         run_id: Of MLflow; empty before the run is made there.
         experiment_id: Of MLflow.
         before: Last step of every metric that a run had which was begun without a spool.
@@ -258,6 +259,7 @@ class Progress:
 
     path: Path
     offset: int = 0
+    uri: str = ""
     run_id: str = ""
     experiment_id: str = ""
     before: dict[str, int] = field(default_factory=dict)

@@ -37,6 +37,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"  # 
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 START_WAIT_S, STOP_WAIT_S, QUIET_WAIT_S = 20.0, 10.0, 3.0
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
@@ -222,7 +223,7 @@ class Tracker:
     def facts(self) -> dict[str, Any]:
         """Where the run and its model are recorded, for `result.json`; `pending` where `terravox sync` is to finish that."""
         assert self._spool is not None
-        return facts_of(self._spool, self.uri) | ({"pending": True} if self.pending else {})
+        return {"uri": redacted(self.uri), **facts_of(self._spool)} | ({"pending": True} if self.pending else {})
 
     def told_metrics(self) -> dict[str, float]:
         """Last value of every metric that was told by step, in this attempt or before."""
@@ -350,11 +351,12 @@ class Tracker:
                 publisher.stop()
 
 
-def facts_of(spool: Spool, uri: str) -> dict[str, Any]:
-    """Where a run and its model are recorded in a store; the run's id is the spool's key as long as the store has not made it."""
+def facts_of(spool: Spool) -> dict[str, Any]:
+    """Where a run and its model are recorded; as long as no store has made the run, its id is the spool's key and there is no address."""
     progress = progress_of(spool)
     version = registered_of(spool)
-    facts: dict[str, Any] = {"uri": redacted(uri), "run_id": progress.run_id or spool.known().key}
+    facts: dict[str, Any] = {"uri": progress.uri} if progress.uri else {}
+    facts["run_id"] = progress.run_id or spool.known().key
     if version is not None:
         facts |= {"model": version.uri, "model_id": version.model_id, "alias": f"models:/{version.name}@candidate"}
     return facts | ({"refused": progress.refused} if progress.refused else {})

@@ -21,6 +21,7 @@ VERBS = (
     ("reconstruct", "pretraining run and images to rasters of what is there, what was shown and what was predicted"),
     ("replay", "a step that was not finite, run again from its black box: where what is not finite comes from"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
+    ("sync", "runs that the tracking server missed, or of a cluster without a way out, to MLflow"),
     ("demo", "the whole line on a small sample, on any machine"),
     ("doctor", "what would fail on this machine, or of a command, before it fails"),
     ("benchmark", "training step, preparation, loader and codecs against what the machine can do and against other libraries"),
@@ -76,6 +77,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
             from pipelines.replay import main as chosen
         case "convert":
             from pipelines.convert import main as chosen
+        case "sync":
+            from pipelines.sync import main as chosen
         case "demo":
             from pipelines.demo import main as chosen
         case "benchmark":
