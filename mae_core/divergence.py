@@ -86,11 +86,15 @@ class Guard:
     Attributes:
         asked: Whether a process was asked to stop, as far as steps have been judged.
         statistics: Of the model.
+        is_late: Whether a step is judged when the next is taken in.
     """
+
+    is_late = False
 
     def __init__(self, state: TrainState, most_in_row: int, parallel: Parallel, keep: Callable[[Judged], None] | None = None) -> None:
         """`keep` is given the first skipped step of a run and the one that ends it, while the weights are those of before it."""
         self.asked = False
+        self.is_late = self.is_late or parallel.device.type == "cuda"
         self.statistics = RunningStatistics(state.model)
         self._state, self._most, self._parallel, self._keep = state, most_in_row, parallel, keep
         self._row: deque[Taken] = deque(maxlen=MOST_NAMED)
@@ -103,16 +107,10 @@ class Guard:
         Raises:
             TrainingError: It, or on a GPU the one before it, was skipped and is one too many in a row.
         """
-        numbers = torch.stack([taken.loss, taken.norm, taken.asked])
-        if numbers.device.type != "cuda":
-            self._pending = taken, numbers, None
+        before, self._pending = self._pending, (taken, *_on_its_way(torch.stack([taken.loss, taken.norm, taken.asked])))
+        if not self.is_late:
             self.settle()
-            return
-        before, event = self._pending, torch.cuda.Event()
-        copy = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-        event.record()
-        self._pending = taken, copy, event
-        if before is not None:
+        elif before is not None:
             self._judge(*before)
 
     def settle(self) -> None:
@@ -159,6 +157,16 @@ class Guard:
             f"train.max_skipped_in_row allows; the weights are finite, those of step {step - row}. Look at these tiles and lower "
             f"optim.base_lr in a new run, or raise train.max_skipped_in_row to pass over them in this one{box}"
         )
+
+
+def _on_its_way(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Numbers on the host, once the event has come to pass; nobody waits for it here."""
+    if numbers.device.type != "cuda":
+        return numbers, None
+    event = torch.cuda.Event()
+    copy = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+    event.record()
+    return copy, event
 
 
 def _first(tiles: list[int]) -> str:

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.augment import LabelledAugmentSettings, Normaliser, RawBatch
-from mae_core.black_box import BlackBox, BlackBoxError, channel_figures, load_weights, open_parts, weights_of
+from mae_core.black_box import BlackBox, BlackBoxError, channel_figures, load_weights, open_parts, optimiser_of, weights_of
 from mae_core.checkpoint import TrainState
 from mae_core.context import Context
 from mae_core.divergence import TrainingError
 from mae_core.foreground import Foreground
 from mae_core.heads import HeadSettings, Segmenter
+from mae_core.optim import learning_rate, make_optimiser
+from mae_core.parallel import ParallelSettings, processes
 from mae_core.replay import model_of, replay, task_of
 from mae_core.segmentation import Segmentation
 from mae_core.settings import to_plain
+from mae_core.sharding import shard, whole
 from mae_core.store import TileStore
 from mae_core.vit import Encoder, EncoderSettings
 from tests.core.test_divergence import everything, poisoned
+from tests.forked import together
 from tests.synthetic_batches import names, with_index
 from tests.tiny_runs import ALONE, TinyRun, one_thread, shared_store, tiny_recipe, tiny_run
 
@@ -157,6 +161,45 @@ def test_running_statistics_are_kept_as_they_were() -> None:
     assert torch.equal(kept["0.running_mean"], before)
     assert torch.equal(kept["0.running_var"], torch.ones(2))
     assert len(everything(TinyRun(None, state, None, None))) == len(kept)  # type: ignore[arg-type]
+
+
+def stopped(path: Path, folder: Path, divided: bool) -> tuple[str, int, dict[str, Any]]:
+    """What a process says whose second rank has a spoilt sample in step 2, its tile, and its weights."""
+    with processes("cpu", ParallelSettings(shard=divided, timeout_s=60)) as parallel:
+        recipe = tiny_recipe(train__steps=4, train__max_skipped_in_row=1)
+        run = tiny_run(TileStore.open(path), recipe, parallel)
+        shard(run.state.model, parallel)
+        run.state.optimiser = make_optimiser(run.state.model, recipe.optim, learning_rate(recipe.optim, 4))
+        tile = int(next(run.stream.steps(1, 2))[0][0].sample.tile[0])
+        if parallel.rank:
+            run, _ = poisoned(run, 2)
+        kept = BlackBox(folder, to_plain(run.recipe), "fp32", parallel, str)
+        with pytest.raises(TrainingError) as caught:
+            run.train(black_box=kept)
+        state = {name: whole(tensor).numpy().copy() for name, tensor in run.state.model.state_dict().items()}
+        moments = optimiser_of(run.state)
+    assert moments.keys() > {"0/exp_avg", "0/step"}
+    assert all(tensor.isfinite().all() for tensor in moments.values())
+    return str(caught.value), tile, state
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_two_processes_decide_alike_and_each_keeps_its_part(tmp_path: Path, store: TileStore, divided: bool) -> None:
+    """Only one has the spoilt sample; both make no update, both stop, both name it; the weights are kept whole where they lie in shards."""
+    (first, _, weights), (second, tile, others) = together(2, stopped, store.path, tmp_path, divided)
+    assert first == second
+    assert f"step 2: loss nan, gradient norm nan: not finite, in tiles [{tile}]. 1 step made no update" in first
+    parts = open_parts(tmp_path / "step-00000002")
+    assert [len(part.batches) for part in parts] == [0, 1]
+    kept = load_weights(tmp_path / "step-00000002")
+    alone = tiny_run(store, tiny_recipe(train__steps=4))
+    alone.train(last=1)
+    for name, tensor in alone.state.model.state_dict().items():
+        assert np.array_equal(kept[name].numpy(), weights[name]), name
+        assert np.array_equal(weights[name], others[name]), name
+        if tensor.ndim > 1:  # AdamW moves the biases of keys, which have no gradient, by the sign of what is rounded
+            assert float((kept[name] - tensor).norm()) < 1e-3 * float(tensor.norm()), name
+    assert replay(parts[1], kept, CPU, "fp32").is_finite, "it was not spoilt in the data"
 
 
 def labelled() -> RawBatch:

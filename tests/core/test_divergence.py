@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from mae_core.augment import RawBatch
 from mae_core.checkpoint import restore, steps
-from mae_core.divergence import RunningStatistics, TrainingError
+from mae_core.divergence import Guard, RunningStatistics, Taken, TrainingError
 from mae_core.evaluate import Pretraining
 from mae_core.optim import make_optimiser, step_unless
 from mae_core.store import TileStore
 from mae_core.train import Loss
-from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run, two_processes
+from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -218,39 +219,35 @@ def test_an_optimiser_is_told_to_skip(kind: str) -> None:
     assert weight.isfinite().all()
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from mae_core.divergence import TrainingError
-from mae_core.parallel import processes
-from mae_core.store import TileStore
-from tests.core.test_divergence import everything, poisoned
-from tests.tiny_runs import tiny_recipe, tiny_run
-
-with processes("cpu") as parallel:
-    store = TileStore.open(sys.argv[1])
-    recipe = tiny_recipe(train__steps=4, train__max_skipped_in_row=1)
-    run = tiny_run(store, recipe, parallel)
-    tiles = next(run.stream.steps(1, 2))[0][0].sample.tile.tolist()
-    if parallel.rank:
-        run, _ = poisoned(run, 2)
-    try:
-        run.train()
-    except TrainingError as error:
-        print(f"rank {parallel.rank} holds {tiles}: {error}")
-    total = torch.stack([tensor.double().sum() for tensor in everything(run)]).sum()
-    assert total.isfinite() and torch.equal(parallel.sum(total), 2 * total)
-"""
+@pytest.mark.parametrize("most", [1, 5])
+def test_told_one_step_later_as_by_a_gpu_it_is_the_same_run(store: TileStore, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The host learns of a step after the next one's backward pass, and before that one's update."""
+    recipe = tiny_recipe(train__steps=6, train__log_steps=6, train__eval_steps=6, train__max_skipped_in_row=most)
+    known, found, told, plain = [], [], [], Guard._judge
+    for late in (False, True):
+        run, _ = poisoned(tiny_run(store, recipe), 3, 4)
+        monkeypatch.setattr(Guard, "is_late", late)
+        monkeypatch.setattr(Guard, "_judge", watched(plain, run, seen := []))
+        if most == 1:
+            with pytest.raises(TrainingError, match=r"^step 3: .*those of step 2\."):
+                run.train()
+        else:
+            run.train()
+        (found if late else known).extend(everything(run))
+        told.append(seen)
+    assert same(known, found)
+    before, later = told
+    assert [step for step, _, _ in before] == [step for step, _, _ in later] == ([1, 2, 3] if most == 1 else [1, 2, 3, 4, 5, 6])
+    assert [done for _, done, _ in before[:3]] == [0, 1, 2]
+    assert [done for _, done, _ in later[:3]] == [1, 2, 3], "one step later"
+    assert same([before[2][2]], [later[2][2]]), "what was skipped is judged on the weights of before it"
 
 
-def test_two_processes_decide_alike(tmp_path: Path, store: TileStore) -> None:
-    """Only one of them has the spoilt sample; both skip it, both stop and both name it."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    result = two_processes(tmp_path / "script.py", str(store.path))
-    assert result.returncode == 0, result.stderr
-    told = dict(line.split(": ", 1) for line in result.stdout.splitlines() if line.startswith("rank"))
-    (_, first), (rank, second) = sorted(told.items())
-    tile = rank.partition("[")[2].split(",")[0]
-    assert first == second
-    assert f"not finite, in tiles [{tile}]" in first
+def watched(plain: Callable[..., None], run: TinyRun, seen: list[tuple[int, int, Tensor]]) -> Callable[..., None]:
+    """The judgement, which notes the step, how many are done, and a weight."""
+
+    def judge(guard: Guard, taken: Taken, *rest: Any) -> None:
+        seen.append((taken.step, run.state.step, run.state.model.encoder.embed.weight.detach().clone()))
+        plain(guard, taken, *rest)
+
+    return judge
