@@ -60,6 +60,7 @@ class TrainDisplay:
         """What the line says behind the step."""
         known = {
             "train/loss": "loss {:.4f}",
+            "train/skipped_steps": "{:.0f} steps skipped",
             "speed/samples_per_second": "{:.0f} samples/s",
             "speed/mfu": "MFU {:.1%}",
             "speed/data_wait_fraction": "waiting {:.0%}",
@@ -67,7 +68,8 @@ class TrainDisplay:
             "val/skill": "skill {:+.3f}",
             "val_crops/mean_dice": "held-out Dice {:.3f}",
         }
-        return "  ".join(text.format(self.numbers[name]) for name, text in known.items() if name in self.numbers)
+        told = {name: value for name, value in self.numbers.items() if value or name != "train/skipped_steps"}
+        return "  ".join(text.format(told[name]) for name, text in known.items() if name in told)
 
     def _memory(self) -> str:
         """The largest memory that is short: of the GPU where there is one."""
