@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modalities.scene import SceneError
+from modalities.whole_file import OWN, written_whole
 
 HEAD = ("pseudonym", "kind", "stands_for")
 
@@ -34,7 +35,8 @@ def write_crosswalk(path: Path, names: Mapping[str, str], away_from: Iterable[Pa
         table = csv.writer(text)
         table.writerow(HEAD)
         table.writerows((pseudonym, kind_of(pseudonym), rows[pseudonym]) for pseudonym in sorted(rows))
-        _write(place, text.getvalue().encode("utf-8", "surrogateescape"))
+        with written_whole(place, OWN) as stream:
+            stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise SceneError(f"--crosswalk cannot be written: {error.strerror}; choose another place", "crosswalk") from None
     return len(rows)
@@ -85,17 +87,3 @@ def _before(place: Path) -> dict[str, str]:
     if not rows or rows[0] != HEAD or any(len(row) != len(HEAD) for row in rows):
         raise SceneError("--crosswalk is a file that is there already and is no crosswalk; choose another name", "crosswalk")
     return {row[0]: row[2] for row in rows[1:]}
-
-
-def _write(place: Path, data: bytes) -> None:
-    """Writes the file whole or not at all, with mode 0600 from its first byte on."""
-    aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(place)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ it. Such a file names a patient; it is written on demand only, and readable by i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from modalities.dicom import DicomSource
 from modalities.dicom_file import quiet
 from modalities.scene import SceneError
 from modalities.volume import VolumeSource
+from modalities.whole_file import OWN, written_whole
 
 CODE = ("85756007", "SCT", "Tissue")
 """Category and type of every segment: nobody said what a class is, so the most general is given; its name is the segment's label."""
@@ -130,12 +130,5 @@ def _segmentation(images: Sequence[Any], frames: NDArray[np.uint8], names: Seque
 
 
 def _save(dataset: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            dataset.save_as(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path, OWN) as stream:
+        dataset.save_as(stream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rasterio.io import MemoryFile
 
 from modalities.raster_file import BROKEN, quiet
 from modalities.scene import SceneError
+from modalities.whole_file import written_whole
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ALONE = {"GDAL_PAM_ENABLED": "NO"}
@@ -65,12 +65,5 @@ def write_png(path: Path, values: NDArray[np.uint8]) -> None:
         with memory.open(driver="PNG", height=rows, width=columns, count=1, dtype="uint8") as target:
             target.write(values, 1)
         data = bytes(memory.getbuffer())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as stream:
+        stream.write(data)

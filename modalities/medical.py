@@ -13,6 +13,7 @@ from modalities.policies import VolumePolicies
 from modalities.scene import AdapterSettings
 
 Duplicates = Literal["refuse", "keep"]
+SpacingMm = Annotated[float, Field(ge=MIN_SPACING_MM, le=MAX_SPACING_MM)]
 GROUP_PATTERN = r"(?i)(?:^|[/_-])(sub-[a-z0-9]+|patient[-_]?[0-9]+)"
 
 
@@ -79,7 +80,7 @@ class VolumeSettings(ScanSettings):
             background: it is fed, and is in no statistic and no pretraining loss; intensities are normalised over what lies inside.
     """
 
-    spacing_mm: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | None = (1.0, 1.0, 1.0)
     patient_scope: Literal["dataset", "archive"] = "dataset"
     derivatives: bool = False
     min_planes: int = Field(default=5, ge=1)
@@ -96,13 +97,6 @@ class VolumeSettings(ScanSettings):
     defaced: str | None = Field(default=None, min_length=1)
     defaced_where: Literal["not_zero", "zero"] = "not_zero"
     anatomy: str | None = Field(default=None, min_length=1)
-
-    @field_validator("spacing_mm")
-    @classmethod
-    def _spacing(cls, value: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-        if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
-            raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
-        return value
 
     @field_validator("four_d")
     @classmethod
@@ -160,18 +154,11 @@ class XraySettings(ScanSettings):
     """
 
     kind: Literal["xray"] = "xray"
-    spacing_mm: tuple[float, float] | None = None
+    spacing_mm: tuple[SpacingMm, SpacingMm] | None = None
     intensity: Literal["zscore", "percentile"] = "zscore"
     voi: Literal["none", "window", "lut"] = "none"
     burned_in: Literal["reject", "use"] = "reject"
     max_pixels: int = Field(default=1 << 27, ge=1)
-
-    @field_validator("spacing_mm")
-    @classmethod
-    def _spacing(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not all(MIN_SPACING_MM <= v <= MAX_SPACING_MM for v in value):
-            raise ValueError(f"every spacing must lie between {MIN_SPACING_MM} and {MAX_SPACING_MM} mm")
-        return value
 
 
 class MedicalSettings(VolumeSettings):

@@ -7,7 +7,6 @@ Free text in headers (`descrip`, `db_name`, extensions) is never read into anyth
 from __future__ import annotations
 
 import gzip
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from modalities.grid import Grid
 from modalities.scene import SceneError
+from modalities.whole_file import written_whole
 
 MIN_SPACING_MM, MAX_SPACING_MM = 0.01, 100.0
 MAX_SHEAR = 0.02
@@ -207,16 +207,8 @@ def _write(header: Any, path: Path, values: NDArray[np.generic], slope: float) -
     intent = LABEL_INTENT if values.dtype == np.uint8 and values.ndim == 3 else 0
     for key, value in (("vox_offset", header.single_vox_offset), ("scl_slope", slope), ("scl_inter", 0), ("intent_code", intent)):
         header[key] = value
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as raw:
-            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:
-                stream.write(header.binaryblock + bytes(4) + values.tobytes("F"))
-            raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as stream:
+        stream.write(header.binaryblock + bytes(4) + values.tobytes("F"))
 
 
 def _turn(one: VolumeHeader, other: VolumeHeader) -> NDArray[np.float64]:

@@ -115,7 +115,7 @@ def work(settings: ConvertSettings) -> int:
 def convert_in(settings: ConvertSettings) -> dict[str, Any]:
     """A published checkpoint as a run folder with a model; the result."""
     encoder, transfer, description = read_published(settings)
-    config = to_plain(settings) | {"source_weights": description.lineage["source_weights"]}
+    config = _recorded(settings) | {"source_weights": description.lineage["source_weights"]}
     done = begin(settings.out, "convert", config, MAY_DIFFER)
     if done is not None:
         console.print(f"run {settings.out} is finished; its result is told again")
@@ -186,6 +186,11 @@ def describe(settings: ConvertSettings, published: Published, encoder: Encoder, 
     return about.model_copy(update={"reader": without_patterns(reader) if of_patients(modality) else reader})
 
 
+def _recorded(settings: ConvertSettings) -> dict[str, Any]:
+    """Settings as they are kept with the result: without patterns of files, which can name a patient."""
+    return {**to_plain(settings), "reader": without_patterns(settings.reader)}
+
+
 def stated_heads(file: Path) -> int | None:
     """Attention heads that a ViTMAE's `config.json` beside its weights states; None where there is none."""
     try:
@@ -206,7 +211,7 @@ def convert_bands(settings: ConvertSettings) -> dict[str, Any]:
     encoder, about = load_encoder(folder)
     found = rebanded(encoder, about, settings.channels, settings.new, settings.reader)
     source = sha256(folder / WEIGHTS)
-    config = to_plain(settings) | {"source_weights": source}
+    config = _recorded(settings) | {"source_weights": source}
     done = begin(settings.out, "convert", config, MAY_DIFFER)
     if done is not None:
         console.print(f"run {settings.out} is finished; its result is told again")
@@ -249,7 +254,7 @@ def convert_out(settings: ConvertSettings) -> dict[str, Any]:
     write_tensors(settings.out, found.tensors, facts | {name: json.dumps(value) for name, value in inputs.items()})
     digests = {"source": sha256(folder / WEIGHTS), "weights": sha256(settings.out)}
     facts_told = {"digests": digests, "arguments": found.arguments, "inputs": inputs, **account(found.transfer)}
-    done = finish(settings.out.parent, "convert", to_plain(settings), facts_told, f"{settings.out.name}.{RESULT}")
+    done = finish(settings.out.parent, "convert", _recorded(settings), facts_told, f"{settings.out.name}.{RESULT}")
     tell(found.transfer, settings.source)
     network = "UNETR" if settings.to == "monai_unetr" else "ViT"
     console.print(

@@ -17,8 +17,9 @@ from mae_core.settings import Settings, to_plain
 from mae_core.vit import EncoderSettings
 from mae_core.weights import Transfer
 from modalities.landsat import INSTRUMENTS
+from modalities.patients import of_patients
 from pipelines.bands import described, matched, model_bands
-from pipelines.run_folder import RunError, reader_of
+from pipelines.run_folder import RunError, reader_of, without_patterns
 
 
 class NewBandSettings(Settings):
@@ -115,7 +116,8 @@ def rebanded(
             **described(bands),
         }
     )
-    told = told.model_copy(update={"reader": to_plain(reader_of(told, changes))})
+    own = to_plain(reader_of(told, changes))
+    told = told.model_copy(update={"reader": without_patterns(own) if of_patients(told.modality) else own})
     borrowed = {name: other.name for name, other in near.items() if other is not None and name not in new.statistics}
     how = "of which it is a copy" if new.weights == "copy" else "nearest wavelength"
     return Rebanded(target.eval(), told, transfer, matching, borrowed, how)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from pipelines.label_job import Job, Labelled, Stored
 from pipelines.label_scene import beside, label_scene
 from pipelines.label_volume import log_sheet
 from pipelines.prepare import VOLUMES, tell_catalogue
-from pipelines.progress import console, counting
+from pipelines.progress import console, counting, show_thousands
 from pipelines.run_folder import RESULT, RunError, finish, model_folder, model_problems, public, reader_of, recorded
 from pipelines.tracked import tell_pending
 from pipelines.withheld import missing_paths
@@ -172,7 +172,7 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
             voxel_bytes = len(scene.channels) * scene.dtype.itemsize
             progress.unit_bytes = voxel_bytes * 1000
             try:
-                done[place] = label_scene(job, scene, place, partial(_show, progress, before, total))
+                done[place] = label_scene(job, scene, place, partial(show_thousands, progress, before, total))
                 if (told := done[place].matching) not in matchings:
                     matchings.append(told)
                     tell_bands(told, f"channels of {scene.name}" + (" and others like it" if len(places) > 1 else ""))
@@ -184,10 +184,6 @@ def label_all(job: Job, places: Sequence[tuple[Scene, Path]]) -> tuple[dict[Path
             before += _size(scene)
             progress(before // 1000, total // 1000)
     return done, failed, monotonic() - began
-
-
-def _show(progress: Callable[[int, int], None], before: int, total: int, voxels: int) -> None:
-    progress((before + voxels) // 1000, total // 1000)
 
 
 def _size(scene: Scene) -> int:

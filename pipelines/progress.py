@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean, stdev
 from time import monotonic
@@ -125,6 +125,11 @@ def counting(title: str, unit: str = "") -> Iterator[CountDisplay]:
     display = CountDisplay(title, unit)
     with display.bar:
         yield display
+
+
+def show_thousands(progress: Callable[[int, int], None], before: int, total: int, voxels: int) -> None:
+    """Move the bar of `counting` to where it is by voxels, a thousand of which it counts as one thing."""
+    progress((before + voxels) // 1000, total // 1000)
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

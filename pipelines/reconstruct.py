@@ -39,7 +39,7 @@ from pipelines.crosswalk_option import refuse_inside
 from pipelines.label_scene import source_of
 from pipelines.prepare import tell_catalogue
 from pipelines.pretrain import PretrainRecipe
-from pipelines.progress import console, counting, table
+from pipelines.progress import console, counting, show_thousands, table
 from pipelines.run_folder import CONFIG, RunError, finish, reader_of, recall, recorded
 from pipelines.withheld import kind_of, missing_paths
 
@@ -130,7 +130,7 @@ def work(settings: ReconstructSettings) -> int:
         total, before = sum(math.prod(scene.grid.space) for scene, _ in places), 0
         for scene, place in places:
             try:
-                errors.join(write_scene(reconstructor, scene, place, settings, partial(_show, progress, before, total)))
+                errors.join(write_scene(reconstructor, scene, place, settings, partial(show_thousands, progress, before, total)))
             except (SceneError, RunError) as error:
                 if len(failed) == len(places) - 1:
                     raise
@@ -148,10 +148,6 @@ def work(settings: ReconstructSettings) -> int:
     finish(settings.out, "reconstruct", recorded(settings, catalogue.kind), facts)
     tell(errors, len(places) - len(failed), settings.out)
     return 1 if failed else 0
-
-
-def _show(progress: Callable[[int, int], None], before: int, total: int, voxels: int) -> None:
-    progress((before + voxels) // 1000, total // 1000)
 
 
 def tell(errors: Errors, count: int, out: Path) -> None:

@@ -137,9 +137,20 @@ def test_an_encoder_of_one_unnamed_sequence_goes_to_three_by_copies_and_is_refus
     own = words(data=str(data), out=str(tmp_path / "pre"), tracking__uri=uri, reader__exclude=["lesion*", "FLAIR*", "T2w*"])
     run(pretrain_mri, *own, *TINY, *MODEL, *DECODER, "reader.sequence=MR", "loader.global_batch_size=4")
     wide = tmp_path / "wide"
-    run(convert, *words(source=str(tmp_path / "pre"), out=str(wide), to="bands", channels=list(SEQUENCES), new__weights="copy"))
+    run(
+        convert,
+        *words(
+            source=str(tmp_path / "pre"),
+            out=str(wide),
+            to="bands",
+            channels=list(SEQUENCES),
+            new__weights="copy",
+            reader__exclude=["*quix*"],
+        ),
+    )
     one, three = load_encoder(tmp_path / "pre" / "model"), load_encoder(wide / "model")
     assert three[1].reader["sequence"] is None
+    assert not any(b"quix" in file.read_bytes() for file in wide.rglob("*") if file.is_file()), "a pattern can name a patient"
     assert three[1].mean == one[1].mean * 3
     torch.testing.assert_close(three[0].state_dict()["embed.weight"].sum(dim=0), one[0].state_dict()["embed.weight"][0])
     fine = words(
