@@ -91,6 +91,11 @@ class CheckpointWriter:
         self._thread.start()
         self.metrics |= {"checkpoint/wait_s": perf_counter() - began, "checkpoint/wait_before_s": waited}
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether one is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Come back when all that was saved is on disk for good.
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-SUBJECTS = ("step", "prepare", "load", "codec")
+SUBJECTS = ("step", "prepare", "load", "codec", "checkpoint")
 """What can be measured; the first is the default."""
 
 
@@ -34,6 +34,8 @@ def subject(name: str) -> Callable[[Sequence[str]], int]:
             from pipelines.benchmark_load import main as chosen
         case "codec":
             from pipelines.benchmark_codec import main as chosen
+        case "checkpoint":
+            from pipelines.benchmark_checkpoint import main as chosen
         case _:
             raise ValueError(f"{name} is no subject; subjects are {', '.join(SUBJECTS)}")
     return chosen

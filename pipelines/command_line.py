@@ -133,7 +133,7 @@ def run(  # noqa: PLR0913 - the one place where all that a verb is comes togethe
         with discreet(private=private), stop_requests(ends_process=True):
             return _called(verb, settings, main, check, stop="check" in given.flags)
     except expected as error:
-        _say(f"terravox {verb}: error: {error}", sys.stderr)
+        _say("\n".join([f"terravox {verb}: error: {error}", *getattr(error, "__notes__", ())]), sys.stderr)
         return 1
     except Stopped as stopped:
         tell_stop(verb, settings, stopped)

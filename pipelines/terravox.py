@@ -20,6 +20,7 @@ VERBS = (
     ("predict", "segmenter and scenes to label maps in the geometry of the source files"),
     ("reconstruct", "pretraining run and images to rasters of what is there, what was shown and what was predicted"),
     ("replay", "a step that was not finite, run again from its black box: where what is not finite comes from"),
+    ("checkpoints", "the checkpoints of a run, each verified: exit code 1 if any is damaged"),
     ("convert", "weights of published autoencoders in, our encoders for MONAI out"),
     ("sync", "runs that the tracking server missed, or of a cluster without a way out, to MLflow"),
     ("demo", "the whole line on a small sample, on any machine"),
@@ -75,6 +76,8 @@ def verb(name: str) -> Callable[[Sequence[str]], int]:  # noqa: C901 - one case 
             from pipelines.reconstruct import main as chosen
         case "replay":
             from pipelines.replay import main as chosen
+        case "checkpoints":
+            from pipelines.checkpoints import main as chosen
         case "convert":
             from pipelines.convert import main as chosen
         case "sync":

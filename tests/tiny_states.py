@@ -21,8 +21,13 @@ def fresh(width: int = 3, seed: int = 0) -> TrainState:
     """A model with a normalised layer and a bias, whose optimiser numbers biases first; nothing was trained."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(2, width), nn.LayerNorm(width), nn.Linear(width, 1))
+    return TrainState(model, optimiser_for(model))
+
+
+def optimiser_for(model: nn.Module) -> torch.optim.AdamW:
+    """AdamW that numbers biases first."""
     groups = [[weight for weight in model.parameters() if (weight.ndim > 1) is decays] for decays in (False, True)]
-    return TrainState(model, torch.optim.AdamW([{"params": group} for group in groups], lr=0.1))
+    return torch.optim.AdamW([{"params": group} for group in groups], lr=0.1)
 
 
 def go_on(state: TrainState, updates: int = 1) -> None:

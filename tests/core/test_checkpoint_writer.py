@@ -24,8 +24,8 @@ from mae_core.checkpoint import CheckpointError, TrainState, newest, problem, re
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.sharding import whole
 from mae_core.snapshot import DTYPES, Snapshot
-from tests.tiny_runs import ROOT, environment
-from tests.tiny_states import ALONE, bits, flip, fresh, go_on, same, save, three
+from tests.tiny_runs import ROOT, environment, two_processes
+from tests.tiny_states import ALONE, FILES, bits, flip, fresh, go_on, same, save, three
 
 
 def writer_for(folder: Path, keep: int = 9, **more: object) -> CheckpointWriter:
@@ -378,3 +378,24 @@ def test_weights_that_the_optimiser_does_not_train_are_kept(tmp_path: Path) -> N
     go_on(state)
     restore(state, tmp_path, pytest.fail)
     assert same(bits(state), known)
+
+
+def test_a_model_whole_on_one_process_and_divided_among_two_have_one_format(tmp_path: Path) -> None:
+    """Saved by one, restored and trained on by two that divide it (FSDP2), restored by one: the same bits, and the same next updates."""
+    state = fresh(width=5)
+    go_on(state, 2)
+    save(state, tmp_path / "one")
+    told = two_processes(ROOT / "tests" / "core" / "divided_saves.py", str(tmp_path / "one"), str(tmp_path / "two"))
+    assert told.returncode == 0, told.stderr
+    later = fresh(width=5, seed=8)
+    restore(later, tmp_path / "two", pytest.fail)
+    assert later.step == 4
+    assert json.loads((tmp_path / "two" / "step-00000004" / "state.json").read_text())["world_size"] == 2
+    for _ in range(2):
+        torch.manual_seed(state.step)
+        go_on(state)
+    known = bits(state)
+    for name, tensor in bits(later).items():
+        torch.testing.assert_close(tensor, known[name], rtol=1e-5, atol=1e-7)
+    files = [file.name for step in (3, 4) for file in (tmp_path / "two" / f"step-0000000{step}").iterdir()]
+    assert sorted(files) == sorted(2 * FILES)
