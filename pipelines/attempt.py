@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ def attempt(
         stack.enter_context(lost_ranks_named(parallel, beats, folder))
 
         def report(what: Report) -> None:
+            saved = {name: value for name, value in dict(writer.metrics).items() if last.get(name) != value}  # told once each
+            what = replace(what, metrics={**what.metrics, **saved})
             last.update(what.metrics)
             display.show(what)
             while len(told_damage) < len(stream.damaged):

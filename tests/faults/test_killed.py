@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -119,6 +120,17 @@ def test_killed_before_the_alias_moves_it_names_the_old_version_and_the_next_att
     assert new in versions
     assert [item.version for item in client.search_model_versions(f"name = '{MODEL}'")] == versions, "the version is made once"
     same(out, undisturbed, uri)
+
+
+def test_a_run_tells_its_speed_its_memory_and_what_checkpoints_took(undisturbed: Path, uri: str) -> None:
+    client = MlflowClient(uri)
+    run = client.get_run(json.loads((undisturbed / "result.json").read_text())["mlflow"]["run_id"])
+    speed = {"speed/samples_per_second", "speed/tokens_per_second", "speed/mfu", "speed/data_wait_fraction"}
+    memory = {"memory/process_peak_gib", "memory/process_gib"}
+    saved = {"checkpoint/wait_s", "checkpoint/save_s", "checkpoint/bytes"}
+    assert speed | memory | saved <= run.data.metrics.keys()
+    assert 0 < run.data.metrics["speed/mfu"] < 1
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "checkpoint/wait_s")] == [4, 7]
 
 
 def test_another_step_is_other_bits(undisturbed: Path) -> None:
