@@ -228,6 +228,19 @@ def test_who_leaves_says_so_and_who_was_taken_over_says_nothing(tmp_path: Path) 
     confirm(tmp_path / "pretrained-seed0")
 
 
+def test_a_sign_of_life_goes_to_the_own_record_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold(tmp_path, print, beat_s=60) as own:
+        os.utime(tmp_path / RECORD, (1, 1))
+        assert own.beat()
+        assert (tmp_path / RECORD).stat().st_mtime > 1
+        elsewhere(tmp_path, token="of another")
+        os.utime(tmp_path / RECORD, (1, 1))
+        monkeypatch.setattr(lease_file, "read", lambda _: own.record)  # the other one came right behind the look
+        own.beat()
+        assert (tmp_path / RECORD).stat().st_mtime == 1
+        monkeypatch.undo()
+
+
 def test_a_child_that_outlives_the_job_does_not_keep_the_lock(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     with hold(tmp_path, print, beat_s=60):
