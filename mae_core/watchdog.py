@@ -27,6 +27,9 @@ ENOUGH = 3
 LOOK_S = 1.0
 """Seconds between two looks at the pulse."""
 
+SUSPENDED_S = 10.0
+"""A gap between two looks that is that much too long is one in which the process did not run at all."""
+
 PATIENCE_S = 5.0
 """How long a disk is waited for that may be what hangs."""
 
@@ -34,7 +37,10 @@ PATIENCE_S = 5.0
 class WatchdogSettings(Settings):
     """How long a part of the work may last. A budget grows to `factor` times the median of the latest hundred where that is more."""
 
-    enabled: bool = Field(True, description="End a process in which a part of the work lasts longer than its budget")
+    enabled: bool = Field(
+        True,
+        description="End a process in which a part of the work lasts longer than its budget; not where a scheduler suspends jobs for long",
+    )
     start_s: float = Field(1800, gt=0, description="Up to the first update, and each of the first three: compilation and first reads")
     step_s: float = Field(300, gt=0, description="An update, with the wait for its samples and for the other processes")
     evaluation_s: float = Field(3600, gt=0, description="An evaluation on held-out tiles")
@@ -61,17 +67,18 @@ def budget_s(settings: WatchdogSettings, pulse: Pulse) -> float | None:
 
 
 @contextmanager
-def watchdog(pulse: Pulse, settings: WatchdogSettings, folder: Path, rank: int, end: Callable[[int], object] = os._exit) -> Iterator[None]:
-    """While it lasts, a process that hangs is ended by a thread of its own.
-
-    Where a library holds the interpreter's lock, so that no thread of Python's runs, a timer of `faulthandler` leaves the stacks
-    on standard error and ends the process with exit code 1.
+def watchdog(
+    pulse: Pulse, settings: WatchdogSettings, folder: Path, rank: int, *, timer: bool = False, end: Callable[[int], object] = os._exit
+) -> Iterator[None]:
+    """While it lasts, a process that hangs is ended by a thread of its own. Time in which the whole process was suspended does not count.
 
     Args:
         pulse: Says what the process does, and since when.
         settings: Budgets.
         folder: Of the run; stacks go to `ranks/rank-N.stacks.txt`, and to standard error.
         rank: Of this process.
+        timer: Where a library holds the interpreter's lock, so that no thread of Python's runs, a timer outside of Python leaves the stacks
+            on standard error and ends the process with exit code 1. It cannot tell a process that hangs from one that was suspended.
         end: Ends the process with an exit code.
     """
     if not settings.enabled:
@@ -81,18 +88,24 @@ def watchdog(pulse: Pulse, settings: WatchdogSettings, folder: Path, rank: int, 
     watched = threading.get_ident()
 
     def watch() -> None:
+        moment, looked, suspended = pulse.now, monotonic(), 0.0
         while not over.wait(LOOK_S):
-            budget, now = budget_s(settings, pulse), pulse.now
             faulthandler.cancel_dump_traceback_later()
+            before, looked = looked, monotonic()
+            if pulse.now is not moment:
+                moment, suspended = pulse.now, 0.0
+            elif looked - before > LOOK_S + SUSPENDED_S:
+                suspended += looked - before
+            budget, lasted = budget_s(settings, pulse), looked - moment.since - suspended
             if budget is None:
                 continue
-            lasted = monotonic() - now.since
             if lasted <= budget:
-                faulthandler.dump_traceback_later(budget - lasted + 2 * LOOK_S + PATIENCE_S, exit=True, file=_STDERR)
+                if timer:
+                    faulthandler.dump_traceback_later(budget - lasted + 2 * LOOK_S + PATIENCE_S, exit=True, file=_STDERR)
                 continue
             place = _place(sys._current_frames().get(watched))  # noqa: SLF001 - the only way to another thread's stack
             words = (
-                f"rank {rank} hangs: {now.phase} after {now.step} updates has lasted {lasted:.0f} s, its budget is {budget:.0f} s "
+                f"rank {rank} hangs: {moment.phase} after {moment.step} updates has lasted {lasted:.0f} s, its budget is {budget:.0f} s "
                 f"(train.watchdog); the process is at {place} and is ended with exit code {HUNG}\n"
             )
             _leave_stacks(words, sign_path(folder, rank).with_suffix(".stacks.txt"))

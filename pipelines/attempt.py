@@ -68,7 +68,7 @@ def attempt(
         display = stack.enter_context(training(work.name, state.step, settings.steps, quiet=not parallel.is_first))
         stop = stack.enter_context(stop_requests())
         beats = stack.enter_context(pulse(folder, parallel.rank, parallel.world))
-        stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank))
+        stack.enter_context(watchdog(beats, settings.watchdog, folder, parallel.rank, timer=parallel.world > 1))
         clock = ComputeTime(folder, parallel)
 
         def covered(step: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +60,7 @@ def watched(pulse: Pulse, folder: Path, monkeypatch: pytest.MonkeyPatch, patienc
         codes.append(code)
         over.set()
 
-    with watchdog(pulse, SETTINGS.model_copy(update=changes), folder, 3, end):
+    with watchdog(pulse, SETTINGS.model_copy(update=changes), folder, 3, end=end):
         over.wait(patience_s)
     return codes
 
@@ -86,6 +89,34 @@ def test_what_is_within_its_budget_over_or_not_watched_is_left_alone(
     assert not list((tmp_path / "ranks").iterdir())
 
 
+SUSPENDED = """
+import os, signal, sys, time
+from pathlib import Path
+import mae_core.watchdog
+from mae_core.pulse import Pulse
+from mae_core.watchdog import WatchdogSettings, watchdog
+
+mae_core.watchdog.LOOK_S, mae_core.watchdog.SUSPENDED_S = 0.05, 0.3
+with watchdog(Pulse(), WatchdogSettings(start_s=1.5), Path(sys.argv[1]), 0):
+    time.sleep(0.3)
+    print("ready", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.3)
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_time_in_which_the_process_was_suspended_does_not_count(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        time.sleep(2)
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.stdout.readline() == b"went on\n"
+        assert process.wait(PATIENCE_S) == HUNG, "what hangs later is seen all the same"
+
+
 def test_the_place_is_the_innermost_of_ours() -> None:
     def below() -> str:
         return mae_core.watchdog._place(sys._getframe())
@@ -101,7 +132,7 @@ from mae_core.pulse import Pulse
 from mae_core.watchdog import WatchdogSettings, watchdog
 
 mae_core.watchdog.LOOK_S, mae_core.watchdog.PATIENCE_S = 0.05, 0.1
-with watchdog(Pulse(), WatchdogSettings(start_s=0.5), Path(sys.argv[1]), 0):
+with watchdog(Pulse(), WatchdogSettings(start_s=0.5), Path(sys.argv[1]), 0, timer=True):
     __import__("time").sleep(0.3)
     ctypes.PyDLL(None).sleep(60)
 """

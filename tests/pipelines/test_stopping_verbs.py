@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from mae_core.checkpoint import peek
 from mae_core.evaluate import Pretraining
+from mae_core.parallel import Parallel
 from mae_core.settings import Settings
-from mae_core.stopping import REQUEUE, Stopped
+from mae_core.stopping import REQUEUE, Stopped, StopRequest
 from mae_core.store import TileStore
 from modalities.grid import Window
 from pipelines import pretrain
+from pipelines.attempt import _loop
 from pipelines.command_line import run
 from pipelines.preparation import PrepareSettings, prepare
 from pipelines.requeue import STOPPED, tell_stop
@@ -89,6 +92,21 @@ def test_a_pretraining_that_is_stopped_again_and_again_gets_done(
     assert not (out / STOPPED).exists()
     assert not (out / "ranks").exists()
     assert statuses(uri, out.name) == ["FINISHED"]
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Parallel):
+    """A process beside another one, which was asked to stop."""
+
+    def any(self, value: bool) -> bool:
+        return True
+
+
+def test_where_another_process_was_asked_in_the_last_step_this_one_stops_too() -> None:
+    stop = StopRequest()
+    with pytest.raises(Stopped, match=r"asked to stop \(by another process\)") as stopped, _loop(stop, OneOfTwo(0, 2, torch.device("cpu"))):
+        pass
+    assert stopped.value.together
 
 
 class NoSettings(Settings):
