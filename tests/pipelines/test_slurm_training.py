@@ -143,6 +143,7 @@ def wait_for(there: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.fault
 def test_a_job_that_is_preempted_is_requeued_and_ends_in_the_bits_of_a_quiet_run(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

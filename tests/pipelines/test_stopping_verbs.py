@@ -24,6 +24,7 @@ from modalities.grid import Window
 from pipelines import pretrain
 from pipelines.attempt import _loop
 from pipelines.command_line import run
+from pipelines.compute_time import ComputeTime
 from pipelines.preparation import PrepareSettings, prepare
 from pipelines.requeue import STOPPED, tell_stop
 from tests.synthetic_scenes import Scenes, SyntheticScene, make_scene, tree
@@ -102,9 +103,10 @@ class OneOfTwo(Parallel):
         return True
 
 
-def test_where_another_process_was_asked_in_the_last_step_this_one_stops_too() -> None:
-    stop = StopRequest()
-    with pytest.raises(Stopped, match=r"asked to stop \(by another process\)") as stopped, _loop(stop, OneOfTwo(0, 2, torch.device("cpu"))):
+def test_where_another_process_was_asked_in_the_last_step_this_one_stops_too(tmp_path: Path) -> None:
+    own = OneOfTwo(0, 2, torch.device("cpu"))
+    loop = _loop(StopRequest(), own, ComputeTime(tmp_path, own))
+    with pytest.raises(Stopped, match=r"asked to stop \(by another process\)") as stopped, loop:
         pass
     assert stopped.value.together
 
