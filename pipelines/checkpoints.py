@@ -131,15 +131,18 @@ def work(settings: CheckpointsSettings) -> int:
     bad = [f"{each.place}: {each.wrong}" for _, items, _ in found for each in items if each.wrong]
     for line in bad:
         console.print(line, markup=False)
-    console.print(f"{count} checkpoints in {settings.run}: {f'{len(bad)} damaged' if bad else 'all sound'}", markup=False)
+    if any(each.record_format not in (None, FORMAT) for _, items, _ in found for each in items):
+        console.print(f"older formats are brought to {FORMAT} when they are restored", markup=False)
+    number = "1 checkpoint" if count == 1 else f"{count} checkpoints"
+    console.print(f"{number} in {settings.run}: {f'{len(bad)} damaged' if bad else 'all sound'}", markup=False)
     return int(damaged)
 
 
 def _row(each: Found) -> tuple[str, ...]:
-    old = f", format {each.record_format} (brought to {FORMAT} when it is restored)" if each.record_format not in (None, FORMAT) else ""
+    old = f", format {each.record_format}" if each.record_format not in (None, FORMAT) else ""
     processes = "" if each.processes is None else str(each.processes)
     latest = "latest" if each.latest else ""
-    state = f"damaged: {each.wrong}" if each.wrong else f"sound{old}"
+    state = "damaged" if each.wrong else f"sound{old}"
     return str(each.step), each.written[:19], f"{each.num_bytes / 1e6:.1f}", each.stays, latest, processes, state
 
 

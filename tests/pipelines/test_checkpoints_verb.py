@@ -87,7 +87,8 @@ def test_arms_pointers_old_formats_and_leftovers_are_told(run: Path, capsys: pyt
     assert main([str(run)]) == 0
     told = capsys.readouterr().out
     assert "scratch-seed0/checkpoints" in told
-    assert "sound, format 1 (brought to 2 when it is restored)" in told
+    assert "sound, format 1" in told
+    assert "older formats are brought to 2 when they are restored" in told
     assert "1 left half written or half deleted by a kill" in told
     assert "4 checkpoints" in told
     for content, words in (("step-00000009", "names step-00000009, which is not there"), ("", "cannot be read")):

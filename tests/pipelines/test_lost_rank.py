@@ -32,7 +32,7 @@ def killed_at(step: int, argv: list[str]) -> int:
     return main(argv)
 
 
-@pytest.mark.parametrize("divided", [False])
+@pytest.mark.parametrize("divided", [False, True])
 def test_the_survivor_names_the_dead_and_another_go_finishes(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], divided: bool
 ) -> None:
