@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence as DicomSequence
 
+from modalities.dicom_grey import Window
 from modalities.medical import XraySettings
 from modalities.quality import Quality
 from modalities.xray import XrayScene
@@ -196,3 +197,13 @@ def test_a_damaged_table_or_window_is_refused_where_it_is_needed(tmp_path: Path,
     path = save(dicom_image(shades(), Modality="DX", **tags), tmp_path / "a")
     found = scan_xrays([path], tmp_path, XraySettings(voi=voi))
     assert [item.code for item in found.rejected] == ([code] if code else [])
+
+
+@pytest.mark.parametrize("shown", ["LINEAR", "LINEAR_EXACT"])
+def test_the_ends_of_a_window_are_those_between_which_pydicom_draws_a_line(shown: str) -> None:
+    values = np.arange(1200, 2400, 0.125)
+    dataset = dicom_image(shades(), **SHOWN[shown])
+    center, width = float(SHOWN[shown]["WindowCenter"]), float(SHOWN[shown]["WindowWidth"])
+    low, high = Window(center, width, shown).ends
+    share = np.clip((values - low) / (high - low), 0, 1)
+    assert share * 65535 == pytest.approx(apply_voi_lut(values, dataset), abs=1e-6)
