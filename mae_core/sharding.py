@@ -7,6 +7,7 @@ Weights travel and are summed in the precision that they are kept in; autocast i
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -30,6 +31,8 @@ def shard(model: nn.Module, parallel: Parallel) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Its warning holds for whoever changes such an output in place; the loop and the tasks change none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(parallel.device.type, (parallel.world,))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -105,6 +106,8 @@ def _child(launch: dict[str, str], pipe: Connection, work: Callable[..., Any], w
 
     torch.set_num_threads(1)
     os.environ.update(environment() | launch)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # told by DDP of a class token
     try:
         pipe.send((work(*words), ""))
     except BaseException:
