@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mae_core.checkpoint import restore
+from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.mae import MaskedAutoencoder
 from mae_core.optim import learning_rate, make_optimiser
 from mae_core.parallel import Parallel, ParallelSettings, processes
@@ -45,28 +46,31 @@ def bits(run: TinyRun) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in state.items()}
 
 
-def trained(path: Path, checkpoints: Path, divided: bool, last: int | None) -> tuple[dict[str, bytes], dict[str, bytes], dict[int, float]]:
-    """Goes on from the newest checkpoint to a step: what was restored, what it ended with, and the losses."""
+def trained(path: Path, checkpoints: Path, divided: bool, last: int) -> tuple[dict[str, bytes], dict[str, bytes], dict[int, float]]:
+    """Goes on from the newest checkpoint to a step and saves it: what was restored, what was saved, and the losses."""
     with processes("cpu", ParallelSettings(shard=divided, timeout_s=60)) as parallel:
         run = begun(TileStore.open(path), parallel)
         assert is_divided(run.state.model) == (divided and parallel.world > 1)
         restore(run.state, checkpoints, pytest.fail)
         before = bits(run) if run.state.step else {}
-        reports = run.train(last, checkpoints)
+        reports = run.train(last)
+        with CheckpointWriter(checkpoints, {}, 2, parallel) as writer:
+            writer.save(run.state)
         return before, bits(run), curve(reports)
 
 
 def test_checkpoints_pass_between_any_number_of_processes_divided_or_not(tmp_path: Path, store: TileStore) -> None:
-    ((_, _, quiet),) = together(1, trained, store.path, tmp_path / "quiet", False, None)
-    for first, second in (((2, True), (1, False)), ((1, False), (4, True)), ((2, False), (2, True))):
-        folder = tmp_path / f"{first}-{second}"
-        made = together(first[0], trained, store.path, folder, first[1], 3)
-        went_on = together(second[0], trained, store.path, folder, second[1], None)
-        for restored, ended, _ in went_on:
-            assert restored == made[0][1], f"{first} to {second}: the same bits"
-            assert ended == went_on[0][1], "all processes agree"
-        assert {**made[0][2], **went_on[0][2]} == pytest.approx(quiet, rel=1e-5)
-        assert sorted(went_on[0][2]) == [4, 5, 6]
+    ((_, _, quiet),) = together(1, trained, store.path, tmp_path / "quiet", False, 6)
+    losses: dict[int, float] = {}
+    saved: dict[str, bytes] = {}
+    for world, divided, last in ((2, True, 2), (1, False, 3), (4, True, 5), (2, False, 6)):
+        found = together(world, trained, store.path, tmp_path / "passed on", divided, last)
+        assert all(restored == saved for restored, _, _ in found), f"{world} processes took over the same bits"
+        saved = found[0][1]
+        assert all(ended == saved for _, ended, _ in found), f"{world} processes agree"
+        losses |= found[0][2]
+    assert losses == pytest.approx(quiet, rel=1e-5)
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
 
 
 def skipped(path: Path) -> tuple[bool, bool, float]:
