@@ -124,6 +124,8 @@ def resolved(recipe: PretrainRecipe, store: TileStore) -> PretrainRecipe:
     Raises:
         RunError: They do not fit the store's tiles.
     """
+    if recipe.parallel.shard and recipe.train.compile == "whole":
+        raise RunError("train.compile=whole cannot hold what parallel.shard=true does between the blocks; take parts or off")
     axes = len(store.space)
     try:
         in_time = store_in_time(store)

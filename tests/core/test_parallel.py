@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.parallel import DeviceError, Parallel, processes, unwrap
+from mae_core import parallel
+from mae_core.launch import Launch
+from mae_core.parallel import DeviceError, Parallel, ParallelSettings, RankError, processes, unwrap
+from tests.forked import free_port, slurm
 from tests.tiny_runs import two_processes
 
 SCRIPT = """
@@ -65,3 +68,41 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
         pass
     with processes("auto") as parallel:
         assert parallel.device == torch.device("cpu")
+
+
+def test_processes_that_never_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slurm(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(RankError, match=r"rank 1 of 2 did not find the others at 127\.0\.0\.1:\d+ within parallel\.timeout_s=1 "),
+        processes("cpu", ParallelSettings.model_construct(timeout_s=1)),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("count", "by", "place"),
+    [(4, "torchrun", 1), (4, "Slurm", 1), (1, "Slurm", 0)],
+    ids=["one each", "all shown to each task", "one shown to each task"],
+)
+def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch, count: int, by: str, place: int) -> None:
+    chosen = as_with_gpus(monkeypatch, count)
+    assert parallel._place("auto", Launch(3, 8, 1, "env://", by)) == torch.device("cuda", place)
+    assert chosen == [torch.device("cuda", place)]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_with_gpus(monkeypatch, 1)
+    with pytest.raises(DeviceError, match=r"process 1 of this machine \(rank 1\) has no GPU of its own, torch sees 1; start at most 1"):
+        parallel._place("cuda", Launch(1, 2, 1, "env://", "torchrun"))
+    assert parallel._place("cpu", Launch(1, 2, 1, "env://", "torchrun")) == torch.device("cpu")
+
+
+def as_with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[torch.device]:
+    """Torch as it is on a machine with GPUs; the devices that are made current."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
