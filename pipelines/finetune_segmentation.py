@@ -293,6 +293,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         known, voxels, cases = (recall(folder, name) for name in SCORES)
         return Scored({name: float(value) for name, value in known.items()}, voxels["voxels"], rows_from(cases["rows"]))
     model = new_segmenter(job, arm, seed)
+    todo = segmentation_work(f"{arm} seed {seed}", model, settings.crop)
     shard(model, job.parallel)
     lr = learning_rate(settings.optim, settings.loader.global_batch_size)
     layers = partial(layer_number, depth=job.about.encoder.depth)
@@ -313,7 +314,6 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
                 )
             )
             state.run_id = child.run_id
-        todo = segmentation_work(f"{arm} seed {seed}", model, settings.crop)
         running = stack.enter_context(attempt(todo, folder, state, stream, settings.train, job.config, child))
         encoder = model.encoder
         tokens = math.prod(encoder.layout(settings.crop).full_grid)

@@ -8,6 +8,7 @@ the region of a scene that its shards are made of once.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any, Protocol
 from pydantic import Field, field_validator
 
 from mae_core.chunks import Compression
+from mae_core.launch import launched
 from mae_core.settings import Settings
 from modalities.scene import LabelMap, Scene
-from pipelines.preparation_folder import cannot_write, claimed, finished_store, tidy
+from pipelines.preparation_folder import JustFinishedError, cannot_write, claimed, finished_store, tidy
 from pipelines.preparation_forecast import Forecast, forecast, refuse_full_disk
 from pipelines.preparation_plan import PreparationPlan, make_plan
 from pipelines.preparation_report import PreparationReport, failures, finish_store, refuse_failed, report_of
@@ -116,9 +118,15 @@ def prepare(
     if earlier is not None and not plan.tiles:
         tidy(out, earlier)
         return report_of(out, earlier.store.manifest, seconds=time.monotonic() - started, grown=plan.grown)
-    with claimed(out, plan):
-        records = _write_shards(plan, out, settings, progress or _silent, announce)
-        return finish_store(out, plan, records, started, settings)
+    try:
+        with claimed(out, plan):
+            records = _write_shards(plan, out, settings, progress or _silent, announce)
+            return finish_store(out, plan, records, started, settings)
+    except PreparationError as error:
+        finished = isinstance(error, JustFinishedError) or (earlier is None and (out / "manifest.json").is_file())
+        if launched(os.environ).world == 1 or not finished:
+            raise
+    return prepare(catalogue, out, settings, labels=labels, attributes=attributes, progress=progress, announce=announce)
 
 
 def _write_shards(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mae_core.launch import launched
 from mae_core.store import StoreError, TileStore
 from mae_core.store_folder import FORMAT
 from mae_core.store_writer import COMMIT, NEXT, TEMPORARY, complete, encode_json, write_file
@@ -51,6 +52,10 @@ def tidy(out: Path, earlier: Earlier) -> None:
                 shutil.rmtree(out / "progress")
 
 
+class JustFinishedError(PreparationError):
+    """Another run has finished the same store since this one looked."""
+
+
 @contextlib.contextmanager
 def claimed(out: Path, plan: PreparationPlan) -> Iterator[None]:
     """The folder, with the plan in it and free of half-written files, for this process alone; left in peace it is finished.
@@ -66,7 +71,7 @@ def claimed(out: Path, plan: PreparationPlan) -> Iterator[None]:
         with _locked(out):
             now = _read(out / "manifest.json")["store_digest"] if (out / "manifest.json").is_file() else None
             if now != (None if plan.earlier is None else plan.earlier.store.digest):
-                raise PreparationError(f"another run has just finished {out}; run this one again to see what is left to do")
+                raise JustFinishedError(f"another run has just finished {out}; run this one again to see what is left to do")
             _sweep(out, plan)
             write_file(progress / "plan.json", encode_json(plan.document))
             yield
@@ -88,9 +93,11 @@ def cannot_write(out: Path, error: OSError) -> PreparationError:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    # Processes that were launched together all prepare what they train on: one does it, and the others wait until it is done or dead.
+    wait = 0 if launched(os.environ).world > 1 else fcntl.LOCK_NB
     with (out / "progress" / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | wait)
         except BlockingIOError as error:
             raise PreparationError(f"another run is preparing {out} right now; wait for it or choose another --out") from error
         yield
