@@ -170,7 +170,7 @@ def test_the_encoder_is_registered_without_a_pickle(finished: Finished, client: 
     folder = Path(client.get_logged_model(about["model_id"]).artifact_location.removeprefix("file://"))
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert folder / "artifacts" / "model" / "model.safetensors" in files
-    assert {path.suffix for path in files} <= {".py", ".typed", ".json", ".safetensors", ".txt", ".yaml", ""}
+    assert {path.suffix for path in files} <= {".py", ".typed", ".json", ".safetensors", ".txt", ".yaml", ".md", ""}
     assert not [path for path in files if path.read_bytes()[:1] == b"\x80"], "a pickle of protocol 2 and above begins with this byte"
     description = (folder / "MLmodel").read_text()
     assert "loader_module: mlflow.pyfunc.loaders.code_model" in description
