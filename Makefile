@@ -26,11 +26,10 @@ test: lint
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q --durations=10 $(ARGS)
 
-# The long injected faults too, as a table of what happened; then a pretraining that is killed twenty times, on one process and on one or two.
+# The long injected faults too, as a table of what happened; then a pretraining that is killed twenty times, on one process or two.
 faults: install
 	$(RUN) -m tests.faults.faults $(ARGS)
-	$(RUN) tests/faults/day.py
-	$(RUN) tests/faults/day.py --ranks 1 2 --kills 8 --seed 1
+	$(RUN) tests/faults/day.py --ranks 1 2
 
 lint: install
 	$(RUN) -m ruff check .
