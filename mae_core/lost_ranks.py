@@ -121,9 +121,10 @@ def _named(sign: Sign, here: str) -> str:
 
 def _watch(parallel: Parallel, pulse: Pulse, folder: Path, over: threading.Event, end: Callable[[int], object]) -> None:
     """End this process when another has been gone for long enough that a collective should have told."""
-    since: float | None = None
+    began, since = monotonic(), None
     while not over.wait(INTERVAL_S):
-        if not gone(signs(folder), parallel.rank):
+        said = {rank: sign for rank, sign in signs(folder).items() if sign.age_s < monotonic() - began}  # older: of an earlier attempt
+        if not gone(said, parallel.rank):
             since = None
         elif since is None:
             since = monotonic()

@@ -108,7 +108,7 @@ def class_indices(labels: Int[Tensor, "*shape"], values: Sequence[int]) -> Int[T
     """Index of each class number in `values`; `IGNORE` for all others."""
     out = torch.full_like(labels, IGNORE)
     for index, value in enumerate(values):
-        out[labels == value] = index
+        out = torch.where(labels == value, index, out)
     return out
 
 
@@ -179,8 +179,10 @@ def arrange(pixels: Float[Tensor, "batch channel *space"], columns: Sequence[int
 
 def present_of(batch: Batch, columns: Sequence[int]) -> Bool[Tensor, "batch ordered"]:
     """Which channels of a model each sample of a batch has; `columns` as for `arrange`."""
-    known = torch.tensor([column >= 0 for column in columns], device=batch.present.device)
-    return batch.present[:, [max(column, 0) for column in columns]] & known
+    if tuple(columns) == tuple(range(batch.present.shape[1])):
+        return batch.present
+    place = torch.tensor(columns).to(batch.present.device, non_blocking=True)  # a list would let the host wait for the device
+    return batch.present.index_select(1, place.clamp(min=0)) & (place >= 0)
 
 
 def columns_of(wanted: Sequence[str], have: Sequence[str]) -> tuple[int, ...]:

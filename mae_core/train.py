@@ -224,7 +224,7 @@ def computes_bf16(device: torch.device) -> bool:
 def _own_sums(losses: Sequence[Loss], stop: StopRequest) -> Tensor:
     """Loss and count of this process's samples, and 1 if it was asked to stop: what all processes add up."""
     own = torch.stack([torch.stack([loss.total.detach(), loss.count.float()]) for loss in losses]).sum(0)
-    return torch.cat([own, own.new_tensor([float(bool(stop))])])
+    return torch.cat([own, own.new_full((1,), float(bool(stop)))])  # filled there: a copy would let the host wait for the whole step
 
 
 def _losses(state: TrainState) -> dict[str, float]:

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -103,15 +105,23 @@ def test_other_errors_and_those_of_one_process_pass(tmp_path: Path) -> None:
     assert not isinstance(caught.value, RankError)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
 def test_where_python_hears_of_nothing_a_thread_ends_the_process(
-    tmp_path: Path, ended: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, ended: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], earlier: bool
 ) -> None:
-    """As on GPUs, where the main thread waits for the device."""
-    import threading
-
+    """As on GPUs, where the main thread waits for the device; a process of an earlier attempt, which was killed, tells nothing."""
     monkeypatch.setattr("mae_core.lost_ranks.INTERVAL_S", 0.02)
     monkeypatch.setattr("mae_core.lost_ranks.SILENT_S", 0.06)
-    put(tmp_path, sign(1, ended))
+    looked = threading.Event()
+    rounds: list[int] = []
+
+    def counted(said: dict[int, Sign], own: int) -> list[Sign]:
+        rounds.append(own)
+        if len(rounds) == 20:
+            looked.set()
+        return gone(said, own)
+
+    monkeypatch.setattr("mae_core.lost_ranks.gone", counted)
     code: list[int] = []
     waiting = threading.Event()
 
@@ -119,7 +129,15 @@ def test_where_python_hears_of_nothing_a_thread_ends_the_process(
         code.append(with_code)
         waiting.set()
 
+    if earlier:
+        put(tmp_path, sign(1, ended))
+        sleep(0.05)  # a file's time is told by a coarser clock
     with lost_ranks_named(Parallel(0, 2, torch.device("cuda", 0)), Pulse(), tmp_path, end):
-        assert waiting.wait(30)
-    assert code == [1]
-    assert "rank 0 of 2 lost rank 1 (process" in capfd.readouterr().err
+        if earlier:
+            assert looked.wait(30)
+        else:
+            sleep(0.05)
+            put(tmp_path, sign(1, ended))
+            assert waiting.wait(30)
+    assert code == ([] if earlier else [1])
+    assert ("rank 0 of 2 lost rank 1 (process" in capfd.readouterr().err) is not earlier

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_core.augment import AugmentSettings, Normaliser, RawBatch
+from mae_core.augment import AugmentSettings, Batch, Normaliser, RawBatch
 from mae_core.context import only_spacing
 from mae_core.decoders import CrossDecoderSettings
 from mae_core.divergence import RunningStatistics, Taken
@@ -24,8 +24,11 @@ from mae_core.masking import RandomHiding
 from mae_core.optim import OptimSettings, make_optimiser, step_unless
 from mae_core.parallel import Parallel
 from mae_core.positions import PositionSettings
+from mae_core.segmentation import class_indices, present_of
 from mae_core.sparse_conv import SparseConvSettings
+from mae_core.stopping import StopRequest
 from mae_core.store import TileStore
+from mae_core.train import Loss, _own_sums
 from mae_core.vit import EncoderSettings
 from tests.synthetic_batches import CHANNELS, model_of, names, one_thread
 
@@ -82,7 +85,7 @@ def awkward(args: Any) -> bool:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
-    """The note taker; `torch.tensor` on a device, which no operator shows, is noted too."""
+    """The note taker; `torch.tensor` and its like on a device, which no operator shows, are noted too."""
     noted, plain = Waits(), torch.tensor
 
     def tensor(*args: Any, **kwargs: Any) -> Tensor:
@@ -91,6 +94,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(torch, "tensor", tensor)
+    alike = Tensor.new_tensor
+
+    def new_tensor(like: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if like.device.type != "cpu":
+            noted.note("new_tensor")
+        return alike(like, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "new_tensor", new_tensor)
     return noted
 
 
@@ -162,6 +173,7 @@ def test_waiting_is_seen(waits: Waits) -> None:
         lambda: torch.zeros(3).to("meta"),
         lambda: far.copy_(torch.zeros(3)),
         lambda: torch.tensor([1.0], device="meta"),
+        lambda: far.new_tensor([1.0]),
     ):
         waits.places.clear()
         with waits:
@@ -181,4 +193,22 @@ def test_physical_positions_do_not_wait_either(waits: Waits) -> None:
     task, model = task_of(settings, torch.device("meta"), AugmentSettings()), model_of(settings).to("meta").train()
     with waits:
         backward(task, model)
+    assert not waits.places
+
+
+def test_what_processes_add_up_is_made_without_waiting(waits: Waits) -> None:
+    part = torch.zeros((), device="meta")
+    with waits:
+        sums = _own_sums([Loss(part, part, part, part, 1.0)] * 2, StopRequest())
+    assert sums.shape == (3,)
+    assert not waits.places
+
+
+@pytest.mark.parametrize("columns", [(0, 1, 2), (2, -1, 0)])
+def test_a_segmenters_channels_and_classes_do_not_wait(columns: tuple[int, ...], waits: Waits) -> None:
+    names_of, there = names(2), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    batch = Batch(torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, 8, 8, dtype=torch.uint8, device="meta"), None, there, names_of)
+    with waits:
+        assert present_of(batch, columns).shape == (2, 3)
+        assert class_indices(torch.zeros(2, 8, 8, dtype=torch.int16, device="meta"), (0, 4)).dtype == torch.int16
     assert not waits.places
