@@ -110,10 +110,14 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Wait for what is on its way; an error of it comes only where there is no other, and is noted on the other."""
-        if error is None:
-            self.wait()
-        elif (own := self._finished()) is not None:
+        """Wait for what is on its way; an error of it comes only where there is no other, and is noted on the other.
+
+        No other process is asked: they leave while the first still registers what all have trained, for longer than a collective waits.
+        """
+        own = self._finished()
+        if own is not None and error is None:
+            raise own
+        if own is not None and error is not None:
             error.add_note(f"besides, {own}")
 
     def _agree(self, error: Exception | None) -> None:

@@ -77,6 +77,12 @@ class Parallel:
         """Whether it is so on one process at least; every process gets the same answer."""
         return bool(self.sum(torch.tensor(float(value), device=self.device)) > 0)
 
+    def each(self, value: int) -> list[int]:
+        """A whole number of every process, by rank; every process gets the same list."""
+        table = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        table[self.rank] = value
+        return [int(one) for one in self.sum(table).tolist()]
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.world > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mae_core.black_box import BlackBox
-from mae_core.checkpoint import TrainState
+from mae_core.checkpoint import CheckpointError, TrainState
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.flops import Work
 from mae_core.loader import Stream
@@ -60,6 +60,9 @@ def attempt(
         settings: Its length and intervals.
         config: Resolved settings that are stored in each checkpoint.
         tracker: Told of every report; None on all processes but the first.
+
+    Raises:
+        CheckpointError: The processes would go on from different steps.
     """
     parallel = stream.parallel
     last: dict[str, float] = {}
@@ -81,6 +84,7 @@ def attempt(
         writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted, for_ever))
 
         stack.enter_context(lost_ranks_named(parallel, beats, folder))
+        same_step(state, folder, parallel)
 
         def report(what: Report) -> None:
             saved = {name: value for name, value in dict(writer.metrics).items() if last.get(name) != value}  # told once each
@@ -98,6 +102,20 @@ def attempt(
         box = BlackBox(folder / "black_box", config, "fp32" if dtype == torch.float32 else "bf16", parallel, _say(parallel))
         around = Surroundings(writer, stop, beats, speedometer(work, dtype, parallel), box)
         yield Attempt(around, report, last, partial(_loop, stop, parallel, clock))
+
+
+def same_step(state: TrainState, folder: Path, parallel: Parallel) -> None:
+    """See that all processes go on from one checkpoint: each has looked for the newest sound one by itself.
+
+    Raises:
+        CheckpointError: They do not; all raise it.
+    """
+    found = parallel.each(state.step)
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the processes found different checkpoints in {folder / 'checkpoints'}: ranks 0 to {parallel.world - 1} would go on from "
+            f"steps {', '.join(map(str, found))}. Nothing was changed; put the folder on a disk that all machines see alike and run again"
+        )
 
 
 def _say(parallel: Parallel) -> Callable[[str], None]:

@@ -22,6 +22,7 @@ from torch import nn
 from mae_core import checkpoint_writer, sealed
 from mae_core.checkpoint import CheckpointError, TrainState, newest, problem, restore, steps
 from mae_core.checkpoint_writer import CheckpointWriter
+from mae_core.parallel import Parallel
 from mae_core.sharding import whole
 from mae_core.snapshot import DTYPES, Snapshot
 from tests.tiny_runs import ROOT, environment, two_processes
@@ -72,6 +73,13 @@ def test_what_was_copied_counts_whatever_training_does_meanwhile(tmp_path: Path,
     assert (later.step, later.window) == (2, [])
     go_on(later, 3)
     assert same(bits(later), bits(state))
+
+
+def test_who_does_not_write_leaves_while_the_first_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective would wait no longer than `parallel.timeout_s`, and registering a model can take longer."""
+    monkeypatch.setattr(Parallel, "sum", lambda *_: pytest.fail("it waits for the others"))
+    with CheckpointWriter(tmp_path, {}, 1, Parallel(1, 2, ALONE.device)):
+        pass
 
 
 def test_saves_go_one_after_another_into_the_same_memory_and_are_told_once_they_are_on_disk(tmp_path: Path) -> None:

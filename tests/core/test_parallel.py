@@ -15,16 +15,27 @@ from tests.forked import free_port, slurm
 from tests.tiny_runs import two_processes
 
 SCRIPT = """
+from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from mae_core.checkpoint import CheckpointError, TrainState
 from mae_core.parallel import processes, unwrap
+from pipelines.attempt import same_step
 
 with processes("cpu") as parallel:
     assert parallel.world == 2 and parallel.is_first == (parallel.rank == 0)
     own = torch.tensor([1.0, parallel.rank])
     assert parallel.sum(own).tolist() == [2.0, 1.0] and own.tolist() == [1.0, parallel.rank]
     assert parallel.any(parallel.is_first) and parallel.any(True) and not parallel.any(False)
+    assert parallel.each(7 + 2 * parallel.rank) == [7, 9]
+    try:
+        same_step(TrainState(nn.Linear(1, 1), None, 7 + 2 * parallel.rank), Path("run"), parallel)
+    except CheckpointError as error:
+        assert "ranks 0 to 1 would go on from steps 7, 9" in str(error)
+    else:
+        raise AssertionError("they would train apart")
+    same_step(TrainState(nn.Linear(1, 1), None, 7), Path("run"), parallel)
     inner = nn.Linear(2, 1)
     model = parallel.wrap(inner)
     assert isinstance(model, DistributedDataParallel) and unwrap(model) is inner
