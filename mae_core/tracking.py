@@ -208,6 +208,22 @@ class Tracker:
         self._drain(self.settings.wait_s)
         return self.registered
 
+    def finished_part(self, folder: Path) -> None:
+        """Publish what is left of a part of this run that an attempt before has finished; `folder` holds its spool.
+
+        It is finished even where a kill kept it from saying so.
+        """
+        for spool in spools_in(folder)[-1:]:
+            if spool.known().status != "FINISHED":
+                spool.open()
+                spool.append("end", status="FINISHED", tags={}, durable=True)
+                spool.close()
+            if self._publisher is not None and progress_of(spool).offset < spool.size():
+                publisher = Publisher(spool, partial(Delivery, self.uri, spool), self._say)
+                publisher.start()
+                publisher.wake()
+                self._children.append(publisher)
+
     @property
     def registered(self) -> Registered | None:
         """The version that the registry has made of the last model that was handed over; None where there is none yet."""

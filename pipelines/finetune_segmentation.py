@@ -33,6 +33,7 @@ from mae_core.parallel import Parallel, ParallelSettings, processes
 from mae_core.sealed import sha256
 from mae_core.segmentation import Segmentation, confusion_by_scene, layer_number, measures
 from mae_core.sharding import gathered, shard
+from mae_core.spool import FOLDER
 from mae_core.store import Split, TileStore
 from mae_core.tracking import Registered, Tracker, TrackingSettings
 from mae_core.train import TrainSettings, train
@@ -251,10 +252,9 @@ def _compare(job: Job) -> dict[str, Any]:
         "held_out": {f"{arm}-seed{seed}": part.scores for (arm, seed), part in found.items()},
         "confusion": {f"{arm}-seed{seed}": part.confusion for (arm, seed), part in found.items()},
         **cases,
+        "side": (side := judged_side(job.store)),
     }
-    summary["side"] = judged_side(job.store)
     bands = store_matching(job.about, job.store, settings.bands).table()
-    side = judged_side(job.store)
     groups = {name: len(set(job.store.index.group[rows].tolist())) for name, rows in (("train", job.rows), (side, job.store.rows(side)))}
     facts |= {"intended_use": job.about.intended_use} if job.about.intended_use else {}
     facts |= {"compute": compute_of(*(out / f"{arm}-seed{seed}" for arm, seed in found))}
@@ -290,18 +290,18 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
     """Train one arm, or go on with it, and score it on whole held-out tiles and cases."""
     settings, folder = job.settings, job.settings.out / f"{arm}-seed{seed}"
     if all((folder / name).is_file() for name in SCORES):
+        if tracker is not None:
+            tracker.finished_part(folder / FOLDER)
         known, voxels, cases = (recall(folder, name) for name in SCORES)
         return Scored({name: float(value) for name, value in known.items()}, voxels["voxels"], rows_from(cases["rows"]))
     model = new_segmenter(job, arm, seed)
     todo = segmentation_work(f"{arm} seed {seed}", model, settings.crop)
     shard(model, job.parallel)
     lr = learning_rate(settings.optim, settings.loader.global_batch_size)
-    layers = partial(layer_number, depth=job.about.encoder.depth)
+    layers, say = partial(layer_number, depth=job.about.encoder.depth), voice(job.parallel)
     state = TrainState(model, make_optimiser(model, settings.optim, lr, layers, settings.layer_decay))
-    say = voice(job.parallel)
     restore(state, folder / "checkpoints", say)
-    normaliser = replace(job.task.normaliser, seed=seed)
-    task = replace(job.task, normaliser=normaliser)
+    task = replace(job.task, normaliser=replace(job.task.normaliser, seed=seed))
     stream = Stream(job.store, job.rows, settings.loader, seed, job.parallel)
     tell_launch(stream, settings.optim, say)
     with ExitStack() as stack:
@@ -309,7 +309,7 @@ def train_arm(job: Job, arm: str, seed: int, tracker: Tracker | None) -> Scored:
         if tracker is not None:
             tags = {"source": "pipelines/finetune_segmentation.py", "arm": arm, "seed": str(seed)}
             child = stack.enter_context(
-                Tracker(settings.tracking, settings.out, folder=folder / "tracking", say=console.print).run(
+                Tracker(settings.tracking, settings.out, folder=folder / FOLDER, say=console.print).run(
                     f"{settings.out.name}-{arm}-{seed}", state.run_id, {"init": arm, "seed": seed}, tags, step=state.step
                 )
             )

@@ -146,6 +146,28 @@ def test_a_killed_run_goes_on_as_one_run_with_each_step_once(settings: TrackingS
     assert later.client.get_run(later.run_id).data.params["train.steps"] == "3"
 
 
+def test_a_part_that_an_attempt_before_finished_is_told_too(settings: TrackingSettings, tmp_path: Path) -> None:
+    places = {"out": tmp_path, "folder": tmp_path / "arm" / "tracking"}
+    offline = settings.model_copy(update={"uri": "offline"})
+    part = Tracker(offline, **places)
+    with pytest.raises(TakenOverError), Tracker(offline, tmp_path).run("whole", None, CONFIG, TAGS):  # a kill: it has no end
+        with part.run("arm", None, {}, TAGS, step=0):
+            part.metrics({"train/loss": 2.0}, step=1)
+            part.covered(1)
+            raise TakenOverError
+    whole = Tracker(settings, tmp_path)
+    with whole.run("whole", None, CONFIG, TAGS) as run:
+        run.finished_part(places["folder"])
+    assert not whole.pending
+    part.uri = whole.uri
+    assert (status(part), points(part, "train/loss")) == ("FINISHED", [(1, 2.0)])
+    assert part.client.get_run(part.run_id).data.tags["mlflow.parentRunId"] == whole.run_id
+    lines = (places["folder"] / "run-0001" / "spool.jsonl").read_bytes()
+    with whole.run("whole", whole.run_id, CONFIG, TAGS) as run:
+        run.finished_part(places["folder"])
+    assert (places["folder"] / "run-0001" / "spool.jsonl").read_bytes() == lines
+
+
 def test_a_run_that_is_not_there_is_told(tracker: Tracker) -> None:
     words = rf"run {'0' * 32} of the checkpoint cannot be continued in sqlite:///.*; set tracking\.uri to where it was begun"
     with pytest.raises(TrackingError, match=words), tracker.run("x", "0" * 32, {}, TAGS):
