@@ -62,7 +62,7 @@ from pipelines.pretrain_start import (
     tell_transfer,
 )
 from pipelines.progress import console
-from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, write_json
+from pipelines.run_folder import RUN, Claim, RunError, claimed, finish, recall, without_paths, write_json
 from pipelines.statements import Licence, card_lines, statements_of
 from pipelines.tracked import tell_tracked
 
@@ -230,7 +230,7 @@ def _pretrain(stream: Stream, out: Path, recipe: PretrainRecipe, config: dict[st
         if parallel.is_first:
             known = state.run_id or recall(out, RUN).get("run_id")
             tracker = Tracker(recipe.tracking, out, of_patients=of_patients(store.kind), say=console.print)
-            stack.enter_context(tracker.run(out.name, known, config, {"source": f"pipelines/{verb}.py"}, step=state.step))
+            stack.enter_context(tracker.run(out.name, known, without_paths(config), {"source": f"pipelines/{verb}.py"}, step=state.step))
             state.run_id = tracker.run_id
             write_json(out / RUN, {"run_id": tracker.run_id})
             facts = {"tiles": str(len(store)), "channels": ",".join(store.channels), "split_digest": config["split_digest"]}

@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mae_core.export import Description, ModelError
 from mae_core.parallel import Parallel
+from mae_core.sealed import write_flushed
 from mae_core.settings import differences, to_plain
 from mae_core.tracking import Registered, TrackingError, TrackingSettings, fetch_model, tracking_uri
 from modalities.catalogue import ReaderSettings
@@ -216,8 +217,17 @@ def recorded(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
 
 
 def public(settings: BaseModel, kind: str | None = None) -> dict[str, Any]:
-    """What of `recorded` may be told to a tracker: no path of the user's, since a folder can be named after a patient."""
-    return {name: value for name, value in recorded(settings, kind).items() if name not in PATHS}
+    """What of `recorded` may be told to a tracker."""
+    return without_paths({name: value for name, value in recorded(settings, kind).items() if name not in PATHS})
+
+
+def without_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without paths of the user's at any depth, since a folder can be named after a patient; models of the registry stay."""
+
+    def stays(name: str, value: object) -> bool:
+        return name not in (*PATHS, "uri") or not isinstance(value, str) or value.startswith("models:/")
+
+    return {name: without_paths(value) if isinstance(value, Mapping) else value for name, value in settings.items() if stays(name, value)}
 
 
 def _without_split_file(plain: dict[str, Any]) -> dict[str, Any]:
@@ -239,9 +249,9 @@ def recall(folder: Path, name: str = RESULT) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all, even where the machine fails."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    write_flushed(aside, [(json.dumps(content, indent=1, default=str) + "\n").encode()])
     aside.replace(path)
 
 

@@ -153,7 +153,7 @@ def test_the_run_is_finished_and_holds_curves_settings_data_and_pictures(
         assert [step for step, _ in history(client, run, key)] == list(range(1, 9))
     assert [step for step, _ in history(client, run, "val/skill")] == [4, 8]
     assert history(client, run, "train/loss")[-1][1] == finished.result["figures"]["train/loss"]
-    assert run.data.params["loader.global_batch_size"] == "4"
+    assert (run.data.params["loader.global_batch_size"], run.data.params.get("tracking.uri")) == ("4", None)
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("raster", store.digest[:36])
     assert store.digest in data.dataset.source

@@ -16,7 +16,9 @@ from mae_core.settings import to_plain
 from modalities.raster import RasterSettings
 from modalities.satellite import SatelliteSettings
 from modalities.sentinel2 import Sentinel2Settings
-from pipelines.run_folder import RunError, begin, code_commit, finish, reader_of
+from pipelines.compute_time import ComputeTime, compute_of
+from pipelines.run_folder import RunError, begin, code_commit, finish, reader_of, without_paths
+from tests.tiny_runs import ALONE
 
 CONFIG: dict[str, Any] = {"crop": [8], "train": {"steps": 10, "log_steps": 1}, "tracking": {"uri": None}}
 MAY = ("tracking", "train.log_steps")
@@ -146,3 +148,25 @@ def test_the_commit_of_a_checkout_is_known_and_whether_it_was_changed(tmp_path: 
     assert code_commit(tmp_path) == commit
     (tmp_path / "code.py").write_text("a = 2\n")
     assert code_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_no_path_of_any_depth_is_told_to_a_tracker() -> None:
+    told = {
+        "model": {"encoder": {"preset": "nano"}},
+        "init": {"encoder": "models:/a@candidate"},
+        "tracking": {"experiment": "x"},
+        "seed": 1,
+    }
+    own = {"out": "/home/anna/run", "perceptual": {"encoder": "smith/run"}, "tracking": {"experiment": "x", "uri": "sqlite:////smith/m.db"}}
+    assert without_paths({**told, **own}) == {**told, "perceptual": {}}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{"])
+def test_a_damaged_account_of_the_time_ends_no_training(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "compute.json").write_text(damage)
+    ComputeTime(tmp_path, ALONE).note()
+    assert compute_of(tmp_path)["attempts"] == 1
+    (tmp_path / "compute.json").write_text(damage)
+    assert compute_of(tmp_path)["attempts"] == 0
+    (tmp_path / "compute.json.tmp").mkdir()
+    ComputeTime(tmp_path, ALONE).note()
