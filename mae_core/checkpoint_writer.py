@@ -44,6 +44,8 @@ class CheckpointWriter:
         permitted: Asked before each is begun and before it gets its name, on the process that writes; raises where another job has taken
             the run over.
         keep_every: Those of multiples of this step stay for ever; None: none does.
+        begun_at: Step that this attempt went on from. What lies behind it was damaged, so it goes with the first save and counts for
+            none that is kept.
         metrics: Of the newest: `checkpoint/wait_s` that training stood still for it, of which `checkpoint/wait_before_s` for the one
             before it to be written; `checkpoint/save_s` from then until it was on disk, and `checkpoint/bytes`, once it is. Empty
             on processes that do not write.
@@ -56,7 +58,9 @@ class CheckpointWriter:
     covered: Callable[[int], None] = lambda step: None
     permitted: Callable[[], None] = lambda: None
     keep_every: int | None = None
+    begun_at: int | None = None
     metrics: dict[str, float] = field(default_factory=dict, init=False)
+    _written: set[int] = field(default_factory=set, init=False, repr=False)
     _thread: Thread | None = field(default=None, init=False, repr=False)
     _error: Exception | None = field(default=None, init=False, repr=False)
     _snapshots: dict[str, Snapshot] = field(default_factory=dict, init=False, repr=False)
@@ -134,6 +138,10 @@ class CheckpointWriter:
             return error
         return None
 
+    def _given_up(self, step: int) -> bool:
+        """Whether a checkpoint is of an earlier attempt and was not sound enough to go on from."""
+        return self.begun_at is not None and step > self.begun_at and step not in self._written
+
     def _finished(self) -> Exception | None:
         """What went wrong with the save that was on its way, now that it has ended."""
         if self._thread is not None:
@@ -173,7 +181,8 @@ class CheckpointWriter:
             aside.rename(final)
             sync_folder(self.folder)
             move_pointer(self.folder, final.name)
-            drop(self.folder, step, self.keep, self.keep_every)
+            self._written.add(step)
+            drop(self.folder, step, self.keep, self.keep_every, self._given_up)
             sweep(self.folder)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -208,15 +217,15 @@ def move_pointer(folder: Path, name: str) -> None:
     sync_folder(folder)
 
 
-def drop(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
+def drop(folder: Path, step: int, keep: int, keep_every: int | None, given_up: Callable[[int], bool]) -> None:
     """Put away what is no longer kept, now that the checkpoint of `step` is the newest, for `sweep` to delete.
 
-    Later ones go too: they were damaged or never vouched for, and the run went on from before them.
+    Later ones and those that were given up go too: they were damaged or never vouched for, and the run went on from before them.
     """
     found = steps(folder)
-    before = [path for path in found if step_of(path) <= step]
-    old = [path for path in before[:-keep] if keep_every is None or step_of(path) % keep_every]
-    for path in (*old, *found[len(before) :]):
+    sound = [path for path in found if step_of(path) <= step and not given_up(step_of(path))]
+    old = [path for path in sound[:-keep] if keep_every is None or step_of(path) % keep_every]
+    for path in (*old, *(path for path in found if path not in sound)):
         path.rename(folder / f"{path.name}.old.tmp")
 
 

@@ -81,7 +81,8 @@ def attempt(
 
         keep, permitted = settings.keep_checkpoints, partial(confirm, folder)
         for_ever = settings.keep_every_steps
-        writer = stack.enter_context(CheckpointWriter(folder / "checkpoints", config, keep, parallel, covered, permitted, for_ever))
+        places = folder / "checkpoints"
+        writer = stack.enter_context(CheckpointWriter(places, config, keep, parallel, covered, permitted, for_ever, state.step))
 
         stack.enter_context(lost_ranks_named(parallel, beats, folder))
         same_step(state, folder, parallel)

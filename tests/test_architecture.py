@@ -314,8 +314,11 @@ def config_files() -> list[str]:
 
 def test_the_table_of_configs_lists_every_config() -> None:
     table = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\|\s*\[?`([^`]+\.ya?ml)`", table, re.MULTILINE)
-    assert sorted(listed) == config_files(), "each config has one row in configs/README.md, its name in backticks in the first column"
+    listed = re.findall(r"^\|\s*\[?`([^`]+\.(?:ya?ml|sbatch))`", table, re.MULTILINE)
+    scripts = [f"cluster/{file.name}" for file in (ROOT / "configs" / "cluster").iterdir()]
+    assert sorted(listed) == sorted(config_files() + scripts), (
+        "each config has one row in configs/README.md, its name in backticks in the first column"
+    )
     others = [file.name for file in (ROOT / "configs").rglob("*") if file.is_file() and file.suffix not in (".yaml", ".yml", ".sbatch")]
     assert others == ["README.md"], "configs/ holds YAML, job scripts and its README, no code of ours"
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mae_core import checkpoint_writer, sealed
-from mae_core.checkpoint import CheckpointError, TrainState, newest, problem, restore, steps
+from mae_core.checkpoint import CheckpointError, TrainState, newest, problem, restore, step_of, steps
 from mae_core.checkpoint_writer import CheckpointWriter
 from mae_core.parallel import Parallel
 from mae_core.sharding import whole
@@ -139,6 +139,20 @@ def test_later_ones_do_not_push_out_what_is_written_now(tmp_path: Path) -> None:
     save(state, tmp_path, keep=1)
     assert [path.name for path in steps(tmp_path)] == ["step-00000002"]
     assert restored(tmp_path).step == 2
+
+
+def test_a_damaged_one_that_was_gone_back_from_counts_for_none_that_is_kept(tmp_path: Path) -> None:
+    flip(three(tmp_path)[-1] / "model.safetensors")
+    state = fresh()
+    restore(state, tmp_path, lambda _: None)
+    with CheckpointWriter(tmp_path, {}, 2, ALONE, begun_at=state.step) as writer:
+        state.step = 4
+        writer.save(state)
+        writer.wait()
+        assert [step_of(path) for path in steps(tmp_path)] == [2, 4], "that of step 3 is damaged"
+        state.step = 5
+        writer.save(state)
+    assert [step_of(path) for path in steps(tmp_path)] == [4, 5]
 
 
 def test_the_same_step_is_replaced(tmp_path: Path) -> None:
