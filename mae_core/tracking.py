@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ class Tracker:
         out: Folder of the run.
         of_patients: Whether a picture can show a patient, so that there is none unless it is asked for.
         folder: Where the spool goes (default: `tracking` in `out`).
+        passing: Whether nobody goes on with the run, so that its spool is deleted once all of it has been published.
         say: Told when tracking is lost, when it is back and what is left.
 
     Raises:
@@ -67,12 +68,15 @@ class Tracker:
         *,
         of_patients: bool = True,
         folder: Path | None = None,
+        passing: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.settings = settings
         self.images = not of_patients if settings.log_images is None else settings.log_images
         self.uri = tracking_uri(settings, out)
         self.folder = folder or out / FOLDER
+        self._passing = passing
+        self._facts: dict[str, Any] = {}
         self._default = settings.uri is None and not os.environ.get("MLFLOW_TRACKING_URI")
         self._say = say
         self._known = Known()
@@ -239,6 +243,8 @@ class Tracker:
     def facts(self) -> dict[str, Any]:
         """Where the run and its model are recorded, for `result.json`; `pending` where `terravox sync` is to finish that."""
         assert self._spool is not None
+        if self._facts:
+            return self._facts
         return {"uri": redacted(self.uri), **facts_of(self._spool)} | ({"pending": True} if self.pending else {})
 
     def told_metrics(self) -> dict[str, float]:
@@ -357,6 +363,16 @@ class Tracker:
             publisher.drain(max(0.0, until - time.monotonic()))
         for publisher in (self._publisher, *self._children):
             publisher.stop()
+        if self._passing and not self.pending:
+            self._facts = self.facts()
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete what was told, now that it has been published: nobody goes on with such a run."""
+        assert self._spool is not None
+        shutil.rmtree(self._spool.folder, ignore_errors=True)
+        with suppress(OSError):  # another run's spool lies beside it
+            self.folder.rmdir()
 
     def _leave(self) -> None:
         """Neither tell nor publish anything more."""

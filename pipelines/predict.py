@@ -88,7 +88,7 @@ def work(settings: PredictSettings) -> int:
     spool = spool_folder(settings.out, places)
     with (
         processes(settings.device) as parallel,
-        Tracker(settings.tracking, settings.out, folder=spool, say=console.print).run(
+        Tracker(settings.tracking, settings.out, folder=spool, passing=True, say=console.print).run(
             "predict", None, public(settings, reader.kind), {"source": "pipelines/predict.py"}
         ) as tracker,
         little_cache(),

@@ -199,7 +199,7 @@ def work(settings: PrepareVerb) -> int:
     tell_crosswalk(settings.crosswalk, catalogue, settings.out, settings.tracking)
     report = prepare_store(catalogue, settings.out, settings.reader, settings.prepare)
     counts = {"accepted": report.accepted, "found": report.found, **report.tiles}
-    with Tracker(settings.tracking, settings.out, of_patients=of_patients(settings.modality), say=console.print).run(
+    with Tracker(settings.tracking, settings.out, of_patients=of_patients(settings.modality), passing=True, say=console.print).run(
         f"prepare-{settings.out.name}", None, public(settings, settings.modality), {"source": "pipelines/prepare.py"}
     ) as tracker:
         tracker.metrics({f"tiles/{name}": count for name, count in counts.items()}, 0)

@@ -87,7 +87,7 @@ def test_names_and_groups_are_the_same_on_every_machine(tmp_path: Path) -> None:
     [
         ("group_pattern", "(", "not a regular expression"),
         ("group_pattern", "sub", "needs a group in parentheses"),
-        ("spacing_mm", (1, 0, 1), "between 0.01 and 100.0 mm"),
+        ("spacing_mm", (1, 0, 1), "greater than or equal to 0.01"),
         ("min_planes", 0, "greater than or equal to 1"),
         ("spacing", 1, "Extra inputs"),
     ],
