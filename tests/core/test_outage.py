@@ -274,6 +274,23 @@ def test_what_is_refused_for_ever_is_left_out_told_and_holds_nothing_up(uri: str
     assert "refuses a record" in SAID[0]
 
 
+def test_rows_do_not_wait_behind_a_file_that_may_not_be_put_where_the_artifacts_lie(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(client: MlflowClient, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/nowhere")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", denied)
+    (tmp_path / "file.txt").write_text("x")
+    tracker = Tracker(TrackingSettings(uri=uri, system_metrics=False), tmp_path / "run")
+    with tracker.run("denied", None, {}, {"source": "x"}):
+        tracker.artifact(tmp_path / "file.txt")
+        tracker.metrics({"good": 1.0}, 1)
+    assert not tracker.pending
+    assert tracker.facts()["refused"] == ["artifact: no right to write where the store keeps its artifacts"]
+    assert [step for step, _ in everything(uri, tracker.run_id)["rows"]["good"]] == [1]
+
+
 def test_a_publisher_is_told_of_nothing_by_a_run_without_lines(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "tracking" / "run-0001")
     spool.folder.mkdir(parents=True)
