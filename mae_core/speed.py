@@ -38,7 +38,8 @@ class Speedometer:
     """Rates over the updates since the last look; what happens in `paused` is in none of them.
 
     The share of the matrix product's rate (`speed/mfu`) is operations of the model, without any that are computed twice to
-    save memory, over the time and over what a square product reached on the same devices at the start of the attempt.
+    save memory, over the time and over what a square product reached on the same devices at the start of the attempt; or
+    over what the model itself has reached, where that is more because other work disturbed the product.
 
     Args:
         work: What is done with a sample; without its operations there is no share.
@@ -79,7 +80,9 @@ class Speedometer:
         if self.work.tokens:
             found["speed/tokens_per_second"] = rate * self.work.tokens
         if self.work.flops and self.flops_per_second > 0:
-            found["speed/mfu"] = rate * self.work.flops / self.flops_per_second
+            reached = rate * self.work.flops
+            self.flops_per_second = max(self.flops_per_second, reached)  # else the product was measured beside other work
+            found["speed/mfu"] = reached / self.flops_per_second
         self.start()
         return found | {f"memory/{name}": value for name, value in zip(memory_gib(parallel.device), memory, strict=True)}
 

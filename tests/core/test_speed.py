@@ -78,6 +78,16 @@ def test_rates_are_of_the_time_since_the_last_look_without_pauses(clock: Clock) 
     assert speed.close(ALONE)["speed/samples_per_second"] == 2.0
 
 
+def test_a_product_that_other_work_disturbed_makes_no_share_above_one(clock: Clock) -> None:
+    speed = Speedometer(Work("", tokens=7, flops=50), flops_per_second=100.0)
+    shares = []
+    for samples in (1, 4, 2):
+        speed.add(samples, 0.0)
+        clock.now += 1
+        shares.append(speed.close(ALONE)["speed/mfu"])
+    assert shares == [0.5, 1.0, 0.5]
+
+
 def test_what_nobody_counted_has_no_share(clock: Clock) -> None:
     speed = speedometer(Work("", tokens=0, flops=None), torch.float32, ALONE)
     clock.now += 1
