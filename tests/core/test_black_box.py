@@ -31,15 +31,11 @@ from mae_core.vit import Encoder, EncoderSettings
 from tests.core.test_divergence import everything, poisoned
 from tests.forked import together
 from tests.synthetic_batches import names, with_index
-from tests.tiny_runs import ALONE, TinyRun, one_thread, shared_store, tiny_recipe, tiny_run
+from tests.tiny_runs import ALONE, TinyRun, quick, shared_store, tiny_recipe, tiny_run
+
+__all__ = ["quick"]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

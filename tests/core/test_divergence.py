@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,9 @@ from mae_core.evaluate import Pretraining
 from mae_core.optim import make_optimiser, step_unless
 from mae_core.store import TileStore
 from mae_core.train import Loss
-from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run
+from tests.tiny_runs import TinyRun, curve, quick, shared_store, tiny_recipe, tiny_run
 
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
+__all__ = ["quick"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,9 @@ from mae_core.evaluate import Pretraining
 from mae_core.exhaustion import TrainingMemoryError
 from mae_core.store import TileStore
 from mae_core.train import Loss
-from tests.tiny_runs import one_thread, shared_store, tiny_recipe, tiny_run
+from tests.tiny_runs import quick, shared_store, tiny_recipe, tiny_run
 
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
+__all__ = ["quick"]
 
 
 @pytest.fixture(scope="module")

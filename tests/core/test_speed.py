@@ -25,15 +25,11 @@ from mae_core.store import TileStore
 from mae_core.train import Loss, Report, Surroundings, train
 from mae_core.vit import EncoderSettings
 from pipelines.progress import TrainDisplay
-from tests.tiny_runs import ALONE, one_thread, shared_store, tiny_recipe, tiny_run
+from tests.tiny_runs import ALONE, quick, shared_store, tiny_recipe, tiny_run
+
+__all__ = ["quick"]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,9 @@ from mae_core.divergence import TrainingError
 from mae_core.store import TileStore
 from mae_core.train import Surroundings, TrainSettings, autocast, train
 from tests.synthetic_batches import with_index
-from tests.tiny_runs import TinyRun, curve, one_thread, shared_store, tiny_recipe, tiny_run
+from tests.tiny_runs import TinyRun, curve, quick, shared_store, tiny_recipe, tiny_run
 
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with one_thread():
-        yield
+__all__ = ["quick"]
 
 
 @pytest.fixture(scope="module")
